@@ -1,0 +1,32 @@
+//! What the sandbox library on the host and the agent in the guest say to each other.
+//!
+//! [`agent`] holds the messages and [`agent_ttrpc`] the services of `proto/agent.proto`, generated at build. The rest
+//! is what a schema cannot say: ports, the version, and the caps that each side puts on the other.
+#![deny(unsafe_code)]
+
+/// Version of the protocol. Sides with equal majors understand each other; a minor only adds.
+pub const VERSION: (u32, u32) = (1, 0);
+
+/// The vsock port on which the agent serves ttrpc.
+pub const AGENT_PORT: u32 = 1024;
+/// The vsock port on which the agent takes the connections of standard streams.
+pub const STREAM_PORT: u32 = 1025;
+
+/// Bytes of a stream's token, the first that the host sends on it.
+pub const STREAM_TOKEN_BYTES: usize = 16;
+/// Longest container or exec identifier, in bytes (containerd allows 76).
+pub const MAX_ID_BYTES: usize = 128;
+/// Most entropy, in bytes, that one request may carry.
+pub const MAX_ENTROPY_BYTES: usize = 512;
+
+/// The kernel's name, by tag, of the share with everything that the sandbox library prepares for its containers.
+pub const SHARE_TAG: &str = "hull";
+/// Where the guest mounts that share.
+pub const SHARE_MOUNT_POINT: &str = "/run/hull/shared";
+
+pub use generated::{agent, agent_ttrpc};
+
+#[allow(missing_docs, clippy::all, clippy::pedantic, unused, unreachable_pub, rustdoc::all)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/generated.rs"));
+}

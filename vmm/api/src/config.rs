@@ -1,0 +1,160 @@
+//! What a virtual machine is made of.
+//!
+//! The VMM checks a configuration once, when it reads it, and refuses unknown fields. All file-like things are
+//! [`Resource`]s, so that a jailed VMM needs to open nothing.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Most virtual CPUs that one VM may have.
+pub const MAX_CPUS: u8 = 64;
+/// Least guest memory, in MiB, that the supported kernel boots in.
+pub const MIN_MEMORY_MIB: u64 = 32;
+/// Most guest memory, in MiB: 512 GiB.
+pub const MAX_MEMORY_MIB: u64 = 512 * 1024;
+/// Longest kernel command line, in bytes, with its terminating zero (`COMMAND_LINE_SIZE` of Linux on x86_64).
+pub const MAX_CMDLINE_BYTES: usize = 2048;
+
+/// A file, device or socket that the VMM uses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resource {
+    /// A descriptor that the caller opened and the VMM inherited.
+    Fd(RawFd),
+    /// A path that the VMM opens itself; for use by hand, since a jailed VMM sees none.
+    Path(PathBuf),
+    /// In a control request only: the descriptor at this index among those sent with the request (`SCM_RIGHTS`).
+    Attached(usize),
+}
+
+/// A whole virtual machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Virtual CPUs.
+    pub cpus: CpusConfig,
+    /// Guest memory.
+    pub memory: MemoryConfig,
+    /// What the VM boots.
+    pub boot: BootConfig,
+    /// The virtio console (`hvc0` in the guest).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsoleConfig>,
+    /// Where the output of an emulated 16550 (`ttyS0`) goes; absent, the guest has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub debug_console: Option<Resource>,
+    /// The socket device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// Directories that the guest sees through virtio-fs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<ShareConfig>,
+    /// Files and block devices that the guest sees through virtio-blk.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskConfig>,
+}
+
+/// Virtual CPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpusConfig {
+    /// CPUs that the guest starts with, 1 to `max`.
+    pub boot: u8,
+    /// CPUs that exist in all, at most [`MAX_CPUS`]; those beyond `boot` wait for the guest to bring them online.
+    pub max: u8,
+}
+
+/// Guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// Memory at boot, in MiB, from [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
+    pub size_mib: u64,
+}
+
+/// What the VM boots: a kernel entered directly in 64-bit mode.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootConfig {
+    /// An uncompressed ELF `vmlinux`.
+    pub kernel: Resource,
+    /// An initial RAM file system in any form that the kernel unpacks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<Resource>,
+    /// The kernel's command line, at most [`MAX_CMDLINE_BYTES`] with its terminating zero.
+    pub cmdline: String,
+}
+
+/// The virtio console.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleConfig {
+    /// Where the guest's output goes. Output is dropped, never blocks the guest, while this cannot take more.
+    pub output: Resource,
+    /// Where the guest's input comes from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<Resource>,
+}
+
+/// The socket device: host processes reach `AF_VSOCK` listeners in the guest through one Unix stream socket.
+///
+/// A client connects, writes `CONNECT <port>\n`, reads `OK <host port>\n` (or finds the connection closed when nothing
+/// listens on that port) and has a byte stream to the guest from then on. The guest cannot open connections to
+/// the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context identifier, 3 or more.
+    pub guest_cid: u32,
+    /// The listening Unix stream socket, or with [`Resource::Path`] where to make it.
+    pub listener: Resource,
+}
+
+/// A directory that the guest sees through virtio-fs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareConfig {
+    /// Name of the device in control requests, unique in the VM.
+    pub id: String,
+    /// The mount tag, 1 to 36 bytes (virtio 1.3, section 5.11.4).
+    pub tag: String,
+    /// The directory.
+    pub root: Resource,
+    /// Whether every change fails with `EROFS`.
+    #[serde(default)]
+    pub read_only: bool,
+    /// What the guest may cache.
+    #[serde(default)]
+    pub cache: CachePolicy,
+}
+
+/// What a guest may cache of a share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CachePolicy {
+    /// Nothing: for directories that host and guest both change and that must stay coherent at once.
+    Never,
+    /// For about a second, and file contents until they are opened anew.
+    #[default]
+    Auto,
+    /// Without limit: for directories that nobody changes on the host.
+    Always,
+}
+
+/// A file or block device that the guest sees through virtio-blk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Name of the device in control requests, unique in the VM.
+    pub id: String,
+    /// A raw image or a block device.
+    pub file: Resource,
+    /// Whether writes fail.
+    #[serde(default)]
+    pub read_only: bool,
+    /// What the guest reads as the disk's serial number, at most 20 bytes (virtio 1.3, section 5.2.6).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+}

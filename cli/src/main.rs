@@ -1,2 +1,5 @@
-//! To come.
-fn main() {}
+//! The `hull` command.
+
+fn main() -> std::process::ExitCode {
+    hull_cli::main()
+}

@@ -11,6 +11,11 @@ pub const VERSION: (u32, u32) = (1, 0);
 pub const AGENT_PORT: u32 = 1024;
 /// The vsock port on which the agent takes the connections of standard streams.
 pub const STREAM_PORT: u32 = 1025;
+/// The host's vsock port to which the agent connects once it serves the two others. It writes [`READY_GREETING`] and
+/// closes; the host waits for that instead of trying the agent's ports over and over.
+pub const READY_PORT: u32 = 1026;
+/// What the agent writes to [`READY_PORT`].
+pub const READY_GREETING: &[u8] = b"hull-agent ready\n";
 
 /// Bytes of a stream's token, the first that the host sends on it.
 pub const STREAM_TOKEN_BYTES: usize = 16;

@@ -101,8 +101,8 @@ pub struct ConsoleConfig {
 /// The socket device: host processes reach `AF_VSOCK` listeners in the guest through one Unix stream socket.
 ///
 /// A client connects, writes `CONNECT <port>\n`, reads `OK <host port>\n` (or finds the connection closed when nothing
-/// listens on that port) and has a byte stream to the guest from then on. The guest cannot open connections to
-/// the host.
+/// listens on that port) and has a byte stream to the guest from then on. The guest can open connections to the host
+/// only where [`GuestPort`] lets it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
@@ -110,6 +110,20 @@ pub struct VsockConfig {
     pub guest_cid: u32,
     /// The listening Unix stream socket, or with [`Resource::Path`] where to make it.
     pub listener: Resource,
+    /// Ports of the host (context identifier 2) that the guest may connect to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub guest_ports: Vec<GuestPort>,
+}
+
+/// A port of the host that the guest may connect to, once: that is how a guest tells that it is ready.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestPort {
+    /// The port on the host's side.
+    pub port: u32,
+    /// A connected Unix stream socket, which becomes the host's end of the guest's first connection to that port;
+    /// further connections are refused.
+    pub stream: Resource,
 }
 
 /// A directory that the guest sees through virtio-fs.

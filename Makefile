@@ -1,0 +1,88 @@
+# Hull: containers in virtual machines of their own.
+#
+#   make run [ARGS='…']   run a program from an image in a microVM
+#   make test             run every test
+#
+# `make help` lists the rest. Every target installs the Debian packages that it needs.
+
+SHELL := /bin/bash
+PREFIX ?= /usr/local
+DESTDIR ?=
+CARGO ?= cargo
+ARGS ?=
+
+TARGET := x86_64-unknown-linux-gnu
+RELEASE := $(abspath $(or $(CARGO_TARGET_DIR),target))/release
+AGENT := $(abspath $(or $(CARGO_TARGET_DIR),target))/$(TARGET)/release/hull-agent
+STAGE := build/stage
+INSTALLED := $(RELEASE)/hull $(RELEASE)/hull-vmm build/kernel/vmlinux build/guest.img
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: build
+build: host kernel guest-image ## build everything that is installed
+
+.PHONY: host
+host: packages ## the programs of the host: hull, hull-vmm
+	$(CARGO) build --release --locked -p hull -p hull-vmm
+
+.PHONY: agent
+agent: packages ## the guest's agent, a static binary
+	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS='-C target-feature=+crt-static' \
+		LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu \
+		$(CARGO) build --release --locked -p hull-agent --target $(TARGET)
+
+.PHONY: kernel
+kernel: ## the guest's kernel
+	guest-kernel-config/build
+
+.PHONY: guest-image
+guest-image: agent ## the guest's image, with the agent in it
+	rootfs/build $(AGENT) build/guest.img
+
+.PHONY: image
+image: ## the OCI images that `make run` and the tests use, in build/images
+	rootfs/build-image
+
+.PHONY: packages
+packages:
+	@scripts/apt-install gcc libc6-dev libseccomp-dev pkg-config
+
+.PHONY: install
+install: ## copy what was built to DESTDIR/PREFIX
+	@for file in $(INSTALLED); do \
+		[ -e "$$file" ] || { echo "make install: $$file is missing; run \`make build\` first" >&2; exit 1; }; done
+	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/hull
+	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/libexec/hull $(RELEASE)/hull-vmm
+	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/hull build/kernel/vmlinux build/guest.img
+
+.PHONY: uninstall
+uninstall: ## remove what `make install` copied
+	rm -f $(DESTDIR)$(PREFIX)/bin/hull
+	rm -rf $(DESTDIR)$(PREFIX)/libexec/hull $(DESTDIR)$(PREFIX)/share/hull
+
+.PHONY: run
+run: build image ## run a program in a microVM; ARGS go to `hull run`
+	@scripts/run-example $(ARGS)
+
+.PHONY: check
+check: packages ## format, lints, licences and versions of dependencies, documentation
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	scripts/check-dependencies
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --locked --document-private-items
+
+.PHONY: test
+test: check build image ## run every test
+	tests/run
+
+.PHONY: bench
+bench: build image ## measure in the counted lab; writes build/bench.json
+	bench/run
+
+.PHONY: clean
+clean: ## remove what was built here, but for the cache shared by checkouts
+	rm -rf build
+	$(CARGO) clean

@@ -1,0 +1,244 @@
+//! What the command line may say.
+
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+
+/// Runs containers in virtual machines of their own.
+#[derive(Debug, Parser)]
+#[command(name = "hull", version, disable_help_subcommand = true, max_term_width = 100)]
+pub(crate) struct Args {
+    /// Say on standard error what is being done.
+    #[arg(long, global = true)]
+    pub debug: bool,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Run a program from an image in a new virtual machine
+    Run(Run),
+    /// Run another program in a running container
+    Exec(Exec),
+    /// List containers
+    Ps(Ps),
+    /// Send a signal to a container's first process
+    Kill(Kill),
+    /// Ask containers to end, and make them after a while
+    Stop(Stop),
+    /// Remove containers that have ended
+    Rm(Rm),
+    /// Print what a container printed
+    Logs(Logs),
+    /// Show what containers use
+    Stats(Stats),
+    /// Show all that is known of containers, as JSON
+    Inspect(Inspect),
+    /// Manage the images in the local store
+    #[command(subcommand)]
+    Image(Image),
+    /// Say whether this host can run Hull, and what to do where it cannot
+    Check(Check),
+    /// Boot a kernel of your own in a bare virtual machine
+    Boot(Boot),
+}
+
+/// Options that `run` and `exec` share.
+#[derive(Debug, Clone, ClapArgs)]
+pub(crate) struct ProcessOptions {
+    /// Pass standard input on to the program
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the program a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Set a variable in the program's environment; without a value, take it from here
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub env: Vec<String>,
+    /// Run in this directory
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// Run as this user, by name or number, with an optional group
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Run {
+    #[command(flatten)]
+    pub process: ProcessOptions,
+    /// Remove the container when it ends
+    #[arg(long)]
+    pub rm: bool,
+    /// Run in the background and print the container's identifier
+    #[arg(short, long, conflicts_with = "tty")]
+    pub detach: bool,
+    /// Name the container
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Virtual CPUs, 1 to 64
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u64,
+    /// Memory of the virtual machine, in MiB; what is not used is not taken from the host
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    pub memory: u64,
+    /// Show a file or directory of the host to the container
+    #[arg(short, long, value_name = "SRC:DST[:ro]")]
+    pub volume: Vec<String>,
+    /// The container's host name; by default its identifier
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<String>,
+    /// Refuse changes to the container's root
+    #[arg(long)]
+    pub read_only: bool,
+    /// Use this directory as the container's root instead of an image
+    #[arg(long, value_name = "DIR")]
+    pub rootfs: Option<PathBuf>,
+    /// How long the guest may take to come up, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub boot_timeout: u64,
+    /// Words to add to the guest kernel's command line
+    #[arg(long, value_name = "WORDS", default_value = "", hide_default_value = true)]
+    pub kernel_params: String,
+    /// This is the process that --detach leaves behind; set by hull itself
+    #[arg(long, hide = true)]
+    pub detached_owner: bool,
+    /// The image (an OCI layout directory or archive, a docker archive, or a name in the local store), unless --rootfs is
+    /// given; then the command and its arguments
+    #[arg(value_name = "IMAGE [COMMAND]", trailing_var_arg = true, allow_hyphen_values = true)]
+    pub words: Vec<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Exec {
+    #[command(flatten)]
+    pub process: ProcessOptions,
+    /// Name or identifier of the container
+    #[arg(value_name = "CONTAINER")]
+    pub container: String,
+    /// The command and its arguments
+    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    pub command: Vec<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Ps {
+    /// Also those that have ended
+    #[arg(short, long)]
+    pub all: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Kill {
+    /// The signal, by name or number
+    #[arg(short, long, default_value = "KILL")]
+    pub signal: String,
+    /// Send it to every process of the container
+    #[arg(long)]
+    pub all: bool,
+    #[arg(value_name = "CONTAINER", required = true)]
+    pub containers: Vec<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Stop {
+    /// Seconds to wait before killing
+    #[arg(short, long, default_value_t = 10)]
+    pub time: u64,
+    #[arg(value_name = "CONTAINER", required = true)]
+    pub containers: Vec<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Rm {
+    /// End those that run
+    #[arg(short, long)]
+    pub force: bool,
+    #[arg(value_name = "CONTAINER", required = true)]
+    pub containers: Vec<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Logs {
+    #[arg(value_name = "CONTAINER")]
+    pub container: String,
+    /// Put each line's time before it
+    #[arg(short, long)]
+    pub timestamps: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Stats {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Those to show; by default all that run
+    #[arg(value_name = "CONTAINER")]
+    pub containers: Vec<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Inspect {
+    #[arg(value_name = "CONTAINER", required = true)]
+    pub containers: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Image {
+    /// Unpack an image into the store
+    Load {
+        /// An OCI layout directory or archive, or a docker archive
+        #[arg(value_name = "FILE")]
+        source: PathBuf,
+        /// Name it, instead of what the image itself says
+        #[arg(long, value_name = "NAME[:TAG]")]
+        name: Option<String>,
+    },
+    /// List the images in the store
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove images, and layers that nothing needs any more
+    Rm {
+        #[arg(value_name = "IMAGE", required = true)]
+        images: Vec<String>,
+    },
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Check {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Boot {
+    /// An uncompressed x86-64 vmlinux
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Its initial RAM file system
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// A raw disk image or block device, /dev/vda onwards in the guest
+    #[arg(long, value_name = "FILE[:ro]")]
+    pub disk: Vec<String>,
+    /// The kernel's command line
+    #[arg(long, value_name = "WORDS", default_value = "console=hvc0 panic=-1 reboot=t")]
+    pub cmdline: String,
+    /// Virtual CPUs, 1 to 64
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u64,
+    /// Memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    pub memory: u64,
+    /// Pass this terminal's input on to the guest's console hvc0
+    #[arg(long)]
+    pub console: bool,
+}

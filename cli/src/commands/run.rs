@@ -1,0 +1,307 @@
+//! `hull run`: a program from an image in a new virtual machine.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use hull_sandbox::config::{SandboxConfig, check_name};
+use hull_sandbox::container::Streams;
+use hull_sandbox::host::Host;
+use hull_sandbox::registry::{Phase, Record};
+use hull_sandbox::share::{RootSource, Volume, enter_mount_namespace};
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use crate::args::{ProcessOptions, Run};
+use crate::image::{Image, Store};
+use crate::spec::{self, Program};
+use crate::streams::Attach;
+use crate::supervise::{Plan, interrupted, supervise};
+use crate::{Error, Outcome, terminal};
+
+/// The status of a program that Ctrl-C kept from starting: 128 + SIGINT.
+const INTERRUPTED: u8 = 130;
+const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+pub(super) fn run(args: Run, host: Host) -> Outcome {
+    if args.detach && !args.detached_owner {
+        return detach();
+    }
+    let detached = args.detached_owner;
+    if detached {
+        // A session of its own keeps the owner from the signals of the user's terminal.
+        rustix::process::setsid()?;
+    }
+    let prepared = (|| {
+        // Before any thread exists: mounts made from here on end with this process.
+        enter_mount_namespace()?;
+        plan(args, host)
+    })();
+    let outcome = prepared.and_then(|Prepared { plan, image: _image }| {
+        let id = plan.record.id.clone();
+        let started = || {
+            // Whoever asked may have gone, which is no reason to stop.
+            if detached && let Err(error) = report(&format!("ok {id}")) {
+                tracing::debug!("not reported: {error}");
+            }
+        };
+        super::runtime()?.block_on(supervise(plan, started))
+    });
+    match outcome {
+        Err(error) if interrupted(&error) => Ok(INTERRUPTED),
+        Err(error) => {
+            if detached {
+                report(&format!("error {}", crate::one_line(&error.to_string())))?;
+            }
+            Err(error)
+        }
+        code => code,
+    }
+}
+
+/// A plan, and what keeps the image's layers in the store while it is carried out.
+struct Prepared {
+    plan: Plan,
+    image: Option<Image>,
+}
+
+fn plan(args: Run, host: Host) -> Result<Prepared, Error> {
+    let mut words = args.words.into_iter();
+    let image = match &args.rootfs {
+        Some(_) => None,
+        None => {
+            let reference = words.next().ok_or("no image; name one, or a root directory with --rootfs")?;
+            Some(Store::open(&host.data_dir)?.resolve(&reference)?)
+        }
+    };
+    let mut command: Vec<String> = words.collect();
+    if command.first().is_some_and(|word| word == "--") {
+        command.remove(0);
+    }
+
+    let id = random_id()?;
+    let root = match (&args.rootfs, &image) {
+        (Some(directory), _) => RootSource::Directory(super::absolute(directory)?),
+        (None, Some(image)) => RootSource::Layers(image.layers().to_vec()),
+        (None, None) => unreachable!("an image was resolved unless --rootfs is given"),
+    };
+    let streams = streams(&args.process)?;
+    let program = program(&args.process, image.as_ref(), &root, command)?;
+    let hostname = args.hostname.unwrap_or_else(|| id.clone());
+    let volumes = args.volume.iter().map(|text| parse_volume(text)).collect::<Result<_, _>>()?;
+    let stop_signal = match image.as_ref().and_then(Image::stop_signal) {
+        Some(name) => super::parse_signal(name)?,
+        None => 15,
+    };
+    // What does not fit the field is too many in any case.
+    let cpus = u8::try_from(args.cpus).unwrap_or(u8::MAX);
+    if u64::from(cpus) != args.cpus {
+        return Err(hull_sandbox::config::ConfigError::Cpus(cpus).into());
+    }
+    args.name.as_deref().map_or(Ok(()), check_name)?;
+    let name = match (&args.rootfs, &image) {
+        (Some(directory), _) => directory.display().to_string(),
+        (None, image) => image.as_ref().map(|image| image.name().to_owned()).unwrap_or_default(),
+    };
+    let record = Record {
+        id: id.clone(),
+        name: args.name.clone(),
+        phase: Phase::Created,
+        created_at_s: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        owner_pid: std::process::id(),
+        vmm_pid: None,
+        image: name,
+        command: program.args.clone(),
+        cpus,
+        memory_mib: args.memory,
+        terminal: args.process.tty,
+        stop_signal,
+        exit_code: None,
+        failure: None,
+        process: spec::process(&program),
+    };
+    let config = SandboxConfig {
+        id,
+        name: args.name,
+        cpus,
+        memory_mib: args.memory,
+        hostname,
+        kernel_params: args.kernel_params,
+        boot_timeout: Duration::from_secs(args.boot_timeout),
+    };
+    let attach = if args.detached_owner { Attach::Nowhere } else { Attach::Own };
+    let read_only = args.read_only;
+    let plan = Plan { host, config, record, program, root, read_only, volumes, streams, attach, remove: args.rm };
+    Ok(Prepared { plan, image })
+}
+
+/// What the image says of its program, changed by what the user says.
+fn program(
+    options: &ProcessOptions,
+    image: Option<&Image>,
+    root: &RootSource,
+    command: Vec<String>,
+) -> Result<Program, Error> {
+    let mut args: Vec<String> = image.map(|image| image.entrypoint().to_vec()).unwrap_or_default();
+    if command.is_empty() {
+        args.extend(image.map(|image| image.cmd().to_vec()).unwrap_or_default());
+    } else {
+        args.extend(command);
+    }
+    if args.is_empty() {
+        return Err("no command; the image names none, so give one after it".into());
+    }
+    let mut env: Vec<String> = image.map(|image| image.env().to_vec()).unwrap_or_default();
+    if !env.iter().any(|variable| variable.starts_with("PATH=")) {
+        env.push(DEFAULT_PATH.to_owned());
+    }
+    if options.tty && !env.iter().any(|variable| variable.starts_with("TERM=")) {
+        env.push("TERM=xterm".to_owned());
+    }
+    let wanted = options.user.as_deref().or(image.and_then(Image::user)).unwrap_or_default();
+    let layers = match root {
+        RootSource::Directory(directory) => std::slice::from_ref(directory),
+        RootSource::Layers(layers) => layers,
+    };
+    let user = crate::image::user::resolve(wanted, layers)?;
+    if !env.iter().any(|variable| variable.starts_with("HOME=")) {
+        env.push(format!("HOME={}", user.home));
+    }
+    apply_env(&mut env, &options.env);
+    let workdir = options.workdir.clone().or(image.and_then(Image::workdir).map(str::to_owned));
+    let workdir = workdir.filter(|dir| !dir.is_empty()).unwrap_or_else(|| "/".to_owned());
+    if !workdir.starts_with('/') {
+        return Err(format!("the working directory {workdir} is not absolute; start it with /").into());
+    }
+    Ok(Program {
+        args,
+        env,
+        workdir,
+        uid: user.uid,
+        gid: user.gid,
+        additional_gids: user.additional_gids,
+        terminal: options.tty,
+    })
+}
+
+/// Sets or replaces variables; one without a value comes from hull's own environment, or is left out.
+pub(super) fn apply_env(env: &mut Vec<String>, changes: &[String]) {
+    for change in changes {
+        let (name, value) = match change.split_once('=') {
+            Some((name, value)) => (name, Some(value.to_owned())),
+            None => (change.as_str(), std::env::var(change).ok()),
+        };
+        env.retain(|variable| variable.split_once('=').is_none_or(|(other, _)| other != name));
+        if let Some(value) = value {
+            env.push(format!("{name}={value}"));
+        }
+    }
+}
+
+/// Which streams the options ask for.
+pub(super) fn streams(options: &ProcessOptions) -> Result<Streams, Error> {
+    if !options.tty {
+        return Ok(Streams::Pipes { stdin: options.interactive });
+    }
+    if options.interactive && !terminal::is_interactive() {
+        return Err("standard input is no terminal; leave out -t, or run hull in one".into());
+    }
+    let (columns, rows) = terminal::size();
+    Ok(Streams::Terminal { columns, rows })
+}
+
+/// Reads `SRC:DST[:ro]`.
+fn parse_volume(text: &str) -> Result<(Volume, String), Error> {
+    let mut parts = text.split(':');
+    let (Some(source), Some(destination), access, None) = (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return Err(format!("{text} is no volume; write SRC:DST or SRC:DST:ro").into());
+    };
+    let read_only = match access {
+        None | Some("rw") => false,
+        Some("ro") => true,
+        Some(other) => return Err(format!("{other} is no volume option; use ro or rw").into()),
+    };
+    if !destination.starts_with('/') || destination == "/" || Path::new(destination).components().any(is_parent) {
+        return Err(format!("the volume's place {destination} must be an absolute path below /, without ..").into());
+    }
+    let source =
+        std::fs::canonicalize(source).map_err(|error| format!("the volume source {source} cannot be used: {error}"))?;
+    Ok((Volume { source, read_only }, destination.to_owned()))
+}
+
+fn is_parent(component: std::path::Component<'_>) -> bool {
+    component == std::path::Component::ParentDir
+}
+
+/// An identifier: 12 hexadecimal digits, as long as people are used to.
+pub(super) fn random_id() -> Result<String, Error> {
+    let mut bytes = [0; 6];
+    getrandom(&mut bytes, GetRandomFlags::empty())?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Starts this command anew as the container's owner, in the background, and waits until the program runs there.
+fn detach() -> Outcome {
+    let mut arguments = std::env::args_os().skip(1).collect::<Vec<_>>();
+    // Behind the verb, before the image and its command.
+    let verb = arguments.iter().position(|word| word == "run").ok_or("the verb run is missing")?;
+    arguments.insert(verb + 1, "--detached-owner".into());
+    let mut owner = std::process::Command::new(std::env::current_exe()?)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let mut answer = String::new();
+    if let Some(stdout) = &mut owner.stdout {
+        stdout.read_to_string(&mut answer)?;
+    }
+    match answer.trim_end().split_once(' ') {
+        Some(("ok", id)) => {
+            println!("{id}");
+            Ok(0)
+        }
+        Some(("error", message)) => Err(message.to_owned().into()),
+        _ => Err(format!("the container's owner ended without a word ({})", owner.wait()?).into()),
+    }
+}
+
+/// Tells the process that waits in [`detach`], and lets go of the pipe to it.
+fn report(message: &str) -> std::io::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    writeln!(stdout, "{message}")?;
+    stdout.flush()?;
+    rustix::stdio::dup2_stdout(File::options().write(true).open("/dev/null")?)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    #[test]
+    fn volumes_have_two_or_three_parts() {
+        let (volume, destination) = parse_volume("/:/data").unwrap();
+        assert_eq!((volume.source, volume.read_only, destination.as_str()), (PathBuf::from("/"), false, "/data"));
+        assert!(parse_volume("/:/data:ro").unwrap().0.read_only);
+        for text in ["", "/", "/:data", "/:/", "/:/a/../b", "/:/a:rx", "/:/a:ro:z", "/no/such/thing:/a"] {
+            assert!(parse_volume(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn variables_replace_those_of_the_image() {
+        let mut env = vec!["A=1".to_owned(), "AB=2".to_owned()];
+        apply_env(&mut env, &["A=3".to_owned(), "C=".to_owned(), "HULL_TEST_UNSET".to_owned()]);
+        assert_eq!(env, ["AB=2", "A=3", "C="]);
+    }
+
+    #[test]
+    fn identifiers_are_fit_to_be_names() {
+        assert!(check_name(&random_id().unwrap()).is_ok());
+    }
+}

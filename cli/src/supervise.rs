@@ -1,0 +1,268 @@
+//! The owner of a sandbox with one container, from its start to its end.
+//!
+//! The work that does not need the guest (the container's root, its volumes, its files) is done while the guest boots.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use hull_sandbox::agent::AgentError;
+use hull_sandbox::config::SandboxConfig;
+use hull_sandbox::container::{Connections, Process, Streams};
+use hull_sandbox::host::Host;
+use hull_sandbox::registry::{Phase, Record};
+use hull_sandbox::sandbox::{Booting, Configured, Running, SandboxError};
+use hull_sandbox::share::{RootSource, Volume};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::Error;
+use crate::log::LogWriter;
+use crate::spec::{self, BindMount, Program};
+use crate::streams::{Attach, Pumps};
+use crate::terminal;
+
+/// Everything that is decided before a VM exists.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub host: Host,
+    pub config: SandboxConfig,
+    pub record: Record,
+    pub program: Program,
+    pub root: RootSource,
+    pub read_only: bool,
+    /// With their places in the container.
+    pub volumes: Vec<(Volume, String)>,
+    pub streams: Streams,
+    pub attach: Attach,
+    /// Remove everything at the end, rather than keep record and log.
+    pub remove: bool,
+}
+
+/// Runs the plan's program and returns its exit status. `started` is called once it runs.
+pub(crate) async fn supervise(plan: Plan, started: impl FnOnce()) -> Result<u8, Error> {
+    let mut signals = Signals::new()?;
+    let Plan { host, config, mut record, program, root, read_only, volumes, streams, attach, remove } = plan;
+    let hostname = config.hostname.clone();
+    let booting = Configured::new(host, config)?.start()?;
+    record.vmm_pid = booting.vmm_pid();
+    let prepared = booting
+        .claim()
+        .write(&record)
+        .map_err(Error::from)
+        .and_then(|()| prepare(&booting, &record.id, &root, &volumes, &hostname))
+        .and_then(|(root, binds)| spec::container(&program, &root, read_only, &hostname, &binds));
+    let spec = match prepared {
+        Ok(spec) => spec,
+        Err(error) => {
+            booting.abandon().await;
+            return Err(error);
+        }
+    };
+    let mut running = booting.ready(signals.interruption()).await?;
+
+    let log = if remove {
+        None
+    } else {
+        let path = running.claim().dir().join("output.log");
+        Some(Arc::new(Mutex::new(LogWriter::create(&path)?)))
+    };
+    let outcome = run(&mut running, &mut record, &spec, streams, attach, log.as_ref(), &mut signals, started).await;
+    drop(log);
+    let claim = running.stop().await?;
+    record.vmm_pid = None;
+    match outcome {
+        Ok(code) => {
+            if remove {
+                claim.remove()?;
+            } else {
+                record.phase = Phase::Exited;
+                record.exit_code = Some(code);
+                claim.keep(&record)?;
+            }
+            Ok(code)
+        }
+        Err(Failure { started, error }) => {
+            // What never ran is of no use to anybody; what did has output that may say what went wrong.
+            if remove || !started {
+                claim.remove()?;
+            } else {
+                record.phase = Phase::Exited;
+                record.failure = Some(error.to_string());
+                claim.keep(&record)?;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Fills the tree that the guest sees; returns the root's place in the guest and what to bind from there.
+fn prepare(
+    booting: &Booting,
+    id: &str,
+    root: &RootSource,
+    volumes: &[(Volume, String)],
+    hostname: &str,
+) -> Result<(String, Vec<BindMount>), Error> {
+    let share = booting.share();
+    let root = share.add_root(id, root)?;
+    let mut binds = Vec::new();
+    let hosts = format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n");
+    for (name, contents) in [("hosts", hosts), ("hostname", format!("{hostname}\n"))] {
+        let source = share.add_file(id, name, contents.as_bytes())?;
+        binds.push(BindMount { source, destination: format!("/etc/{name}"), read_only: false });
+    }
+    for (index, (volume, destination)) in volumes.iter().enumerate() {
+        let source = share.add_volume(id, index, volume)?;
+        binds.push(BindMount { source, destination: destination.clone(), read_only: volume.read_only });
+    }
+    Ok((root, binds))
+}
+
+/// A run that ended otherwise than by its program's exit.
+struct Failure {
+    /// Whether the program had started.
+    started: bool,
+    error: Error,
+}
+
+#[expect(clippy::too_many_arguments, reason = "one caller, which owns them all")]
+async fn run(
+    running: &mut Running,
+    record: &mut Record,
+    spec: &oci_spec::runtime::Spec,
+    streams: Streams,
+    attach: Attach,
+    log: Option<&Arc<Mutex<LogWriter>>>,
+    signals: &mut Signals,
+    started: impl FnOnce(),
+) -> Result<u8, Failure> {
+    let agent = running.agent().clone();
+    let before = |error: Error| Failure { started: false, error };
+    let launch = async {
+        let (process, connections) = Process::create(&agent, &record.id, spec, streams).await?;
+        process.start().await?;
+        Ok::<_, AgentError>((process, connections))
+    };
+    let (process, connections) = tokio::select! {
+        biased;
+        launched = launch => match launched {
+            Ok(launched) => launched,
+            Err(error @ AgentError::Silent { .. }) => return Err(before(cause(running, error).await)),
+            Err(error) => return Err(before(error.into())),
+        },
+        ended = running.ended() => return Err(before(ended.into())),
+    };
+    record.phase = Phase::Running;
+    running.claim().write(record).map_err(|error| before(error.into()))?;
+    started();
+    let after = |error: Error| Failure { started: true, error };
+    let code = tokio::select! {
+        biased;
+        ended = running.ended() => Err(ended.into()),
+        code = attend(&process, connections, streams, attach, log, signals) => code,
+    };
+    match code {
+        Ok(code) => Ok(code),
+        Err(error) => match error.downcast::<AgentError>() {
+            Ok(error) => Err(after(cause(running, *error).await)),
+            Err(error) => Err(after(error)),
+        },
+    }
+}
+
+/// An agent that fell silent may have done so because its VM ended, which says more.
+async fn cause(running: &mut Running, error: AgentError) -> Error {
+    /// The VMM's exit follows the end of its connections at once, if that is what happened.
+    const GRACE: std::time::Duration = std::time::Duration::from_secs(1);
+    match tokio::time::timeout(GRACE, running.ended()).await {
+        Ok(ended) => ended.into(),
+        Err(_) => error.into(),
+    }
+}
+
+/// Carries a started process's streams and passes signals on until it has ended and all its output has been carried.
+pub(crate) async fn attend(
+    process: &Process,
+    connections: Connections,
+    streams: Streams,
+    attach: Attach,
+    log: Option<&Arc<Mutex<LogWriter>>>,
+    signals: &mut Signals,
+) -> Result<u8, Error> {
+    let with_terminal = matches!(streams, Streams::Terminal { .. });
+    let raw_mode = if with_terminal && terminal::is_interactive() { Some(terminal::RawMode::enter()?) } else { None };
+    let pumps = Pumps::start(connections, with_terminal, attach, log)?;
+    let mut exit = std::pin::pin!(process.wait());
+    let status = loop {
+        tokio::select! {
+            biased;
+            status = &mut exit => break status?,
+            received = signals.next() => forward(process, received, with_terminal).await,
+        }
+    };
+    tokio::task::spawn_blocking(|| pumps.finish()).await?;
+    drop(raw_mode);
+    // 128 + 64 signals at most, and an exit status has eight bits.
+    Ok(u8::try_from(status.code).unwrap_or(crate::FAILED))
+}
+
+async fn forward(process: &Process, received: i32, with_terminal: bool) {
+    let forwarded = if received == SignalKind::window_change().as_raw_value() {
+        if !with_terminal {
+            return;
+        }
+        let (columns, rows) = terminal::size();
+        process.resize(columns, rows).await
+    } else {
+        process.signal(received.unsigned_abs(), false).await
+    };
+    if let Err(error) = forwarded {
+        tracing::debug!("signal {received} not passed on: {error}");
+    }
+}
+
+/// The signals that are for the program rather than for hull.
+#[derive(Debug)]
+pub(crate) struct Signals(Vec<(i32, Signal)>);
+
+impl Signals {
+    pub(crate) fn new() -> std::io::Result<Self> {
+        let kinds = [
+            SignalKind::interrupt(),
+            SignalKind::terminate(),
+            SignalKind::hangup(),
+            SignalKind::quit(),
+            SignalKind::user_defined1(),
+            SignalKind::user_defined2(),
+            SignalKind::window_change(),
+        ];
+        kinds.into_iter().map(|kind| Ok((kind.as_raw_value(), signal(kind)?))).collect::<std::io::Result<_>>().map(Self)
+    }
+
+    /// Waits for the next one.
+    async fn next(&mut self) -> i32 {
+        std::future::poll_fn(|context| {
+            for (number, signal) in &mut self.0 {
+                if signal.poll_recv(context).is_ready() {
+                    return std::task::Poll::Ready(*number);
+                }
+            }
+            std::task::Poll::Pending
+        })
+        .await
+    }
+
+    /// Waits for one that asks for the end.
+    async fn interruption(&mut self) {
+        while self.next().await == SignalKind::window_change().as_raw_value() {}
+    }
+}
+
+/// What an interrupted boot ends with.
+pub(crate) fn interrupted(error: &Error) -> bool {
+    matches!(error.downcast_ref::<SandboxError>(), Some(SandboxError::Cancelled))
+}
+
+/// Where the log of a kept container is.
+pub(crate) fn log_path(host: &Host, id: &str) -> PathBuf {
+    host.state_dir.join(id).join("output.log")
+}

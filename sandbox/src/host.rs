@@ -1,0 +1,76 @@
+//! Where Hull's own files are on this host.
+
+use std::path::{Path, PathBuf};
+
+/// The files and directories that Hull uses on a host.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// The VMM's binary.
+    pub vmm: PathBuf,
+    /// The guest kernel, an uncompressed `vmlinux`.
+    pub kernel: PathBuf,
+    /// The guest image, an initial RAM file system with the agent in it.
+    pub image: PathBuf,
+    /// Holds one directory per sandbox, gone after a reboot.
+    pub state_dir: PathBuf,
+    /// Holds what may grow: images and the writable layers of containers.
+    pub data_dir: PathBuf,
+}
+
+/// A file that Hull needs is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// The running program's own path is unknown.
+    #[error("cannot find out where hull is installed: {0}; is /proc mounted?")]
+    OwnPath(#[source] std::io::Error),
+    /// An installed file is missing.
+    #[error("{what} is missing at {path}; install Hull again or name another with {variable}")]
+    Missing {
+        /// Which file.
+        what: &'static str,
+        /// Where it was looked for.
+        path: PathBuf,
+        /// The environment variable that overrides the place.
+        variable: &'static str,
+    },
+}
+
+impl Host {
+    /// Finds Hull's files beside the running program (`PREFIX/bin/hull` has `PREFIX/libexec/hull` and
+    /// `PREFIX/share/hull`), or where `HULL_VMM`, `HULL_KERNEL`, `HULL_IMAGE`, `HULL_STATE_DIR` and `HULL_DATA_DIR` say.
+    ///
+    /// # Errors
+    ///
+    /// Fails where the program's own path cannot be read. Whether the files exist is asked by [`Host::check`].
+    pub fn discover() -> Result<Self, HostError> {
+        let program = std::env::current_exe().map_err(HostError::OwnPath)?;
+        let prefix = program.parent().and_then(Path::parent).unwrap_or(Path::new("/usr/local"));
+        let place = |variable: &str, default: PathBuf| std::env::var_os(variable).map_or(default, PathBuf::from);
+        Ok(Self {
+            vmm: place("HULL_VMM", prefix.join("libexec/hull/hull-vmm")),
+            kernel: place("HULL_KERNEL", prefix.join("share/hull/vmlinux")),
+            image: place("HULL_IMAGE", prefix.join("share/hull/guest.img")),
+            state_dir: place("HULL_STATE_DIR", "/run/hull".into()),
+            data_dir: place("HULL_DATA_DIR", "/var/lib/hull".into()),
+        })
+    }
+
+    /// Asks whether what a sandbox needs is installed.
+    ///
+    /// # Errors
+    ///
+    /// Names the first file that is missing.
+    pub fn check(&self) -> Result<(), HostError> {
+        let files = [
+            ("the virtual machine monitor", &self.vmm, "HULL_VMM"),
+            ("the guest kernel", &self.kernel, "HULL_KERNEL"),
+            ("the guest image", &self.image, "HULL_IMAGE"),
+        ];
+        for (what, path, variable) in files {
+            if !path.is_file() {
+                return Err(HostError::Missing { what, path: path.clone(), variable });
+            }
+        }
+        Ok(())
+    }
+}

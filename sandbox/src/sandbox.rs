@@ -1,0 +1,293 @@
+//! The phases of a sandbox's life; see the crate's documentation for the diagram.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use hull_protocol::agent::{CreateSandboxRequest, Storage, storage};
+use hull_protocol::{MAX_ENTROPY_BYTES, SHARE_MOUNT_POINT, SHARE_TAG};
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use crate::agent::{Agent, AgentError, answer, short};
+use crate::config::{ConfigError, SandboxConfig};
+use crate::host::{Host, HostError};
+use crate::registry::{Claim, Registry, RegistryError};
+use crate::share::{Share, ShareError};
+use crate::vmm::{Sockets, Vmm, VmmError};
+
+/// How long a guest may take to write everything back and power off before its VMM is killed.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Fresh entropy for a guest: one block of the kernel's input pool hash.
+const ENTROPY_BYTES: usize = 64;
+const _: () = assert!(ENTROPY_BYTES <= MAX_ENTROPY_BYTES);
+
+/// A sandbox that did not come up, or went away.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// A wish that cannot be fulfilled.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// An installation that is not whole.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The state directory, or a name in use.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The tree that the guest sees.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    /// The VMM.
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    /// The agent.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// The guest boots, but its agent does not answer.
+    #[error("the guest's agent did not answer within {seconds} s{}; --boot-timeout allows more", said(.console))]
+    BootTimeout {
+        /// The time it had.
+        seconds: u64,
+        /// What the guest printed last.
+        console: Vec<String>,
+    },
+    /// The caller changed its mind.
+    #[error("interrupted while the guest was booting")]
+    Cancelled,
+    /// The host has no randomness for the guest.
+    #[error("cannot draw entropy for the guest: {0}")]
+    Random(#[source] std::io::Error),
+}
+
+fn said(console: &[String]) -> String {
+    if console.is_empty() { String::new() } else { format!("; its last words: {}", console.join(" | ")) }
+}
+
+/// A sandbox that has been checked and has its directory, but no VM.
+#[derive(Debug)]
+pub struct Configured {
+    host: Host,
+    config: SandboxConfig,
+    claim: Claim,
+}
+
+/// A sandbox whose VM boots.
+#[derive(Debug)]
+pub struct Booting {
+    config: SandboxConfig,
+    parts: Parts,
+    sockets: Sockets,
+}
+
+/// A sandbox whose agent answers.
+#[derive(Debug)]
+pub struct Running {
+    parts: Parts,
+    agent: Agent,
+    ready_us: u64,
+}
+
+/// What a sandbox with a VM holds, and must let go of in this order.
+#[derive(Debug)]
+struct Parts {
+    vmm: Vmm,
+    share: Share,
+    claim: Claim,
+}
+
+impl Parts {
+    async fn abandon(mut self) {
+        self.vmm.kill().await;
+        let removed = self.share.remove().map_err(SandboxError::from);
+        if let Err(error) = removed.and_then(|()| Ok(self.claim.remove()?)) {
+            tracing::warn!("left behind: {error}");
+        }
+    }
+}
+
+impl Configured {
+    /// Checks `config` and makes the sandbox's directory.
+    ///
+    /// # Errors
+    ///
+    /// Fails where the wish cannot be fulfilled, a name is in use or Hull is not wholly installed.
+    pub fn new(host: Host, config: SandboxConfig) -> Result<Self, SandboxError> {
+        config.check()?;
+        host.check()?;
+        let claim = Registry::new(&host.state_dir, &host.data_dir).claim(&config.id, config.name.as_deref())?;
+        Ok(Self { host, config, claim })
+    }
+
+    /// The sandbox's directory.
+    #[must_use]
+    pub fn claim(&self) -> &Claim {
+        &self.claim
+    }
+
+    /// Starts the VM and returns while it boots. The calling process must be in a mount namespace of its own
+    /// ([`crate::share::enter_mount_namespace`]).
+    ///
+    /// # Errors
+    ///
+    /// Fails where the VMM cannot be started; nothing is left behind then.
+    pub fn start(self) -> Result<Booting, SandboxError> {
+        let Self { host, config, claim } = self;
+        let sockets = Sockets::in_dir(claim.dir());
+        let share = match Share::create(claim.dir().join("shared"), claim.layers().to_owned()) {
+            Ok(share) => share,
+            Err(error) => {
+                claim.remove()?;
+                return Err(error.into());
+            }
+        };
+        match Vmm::spawn(&host, &config, &sockets, share.root()) {
+            Ok(vmm) => Ok(Booting { config, parts: Parts { vmm, share, claim }, sockets }),
+            Err(error) => {
+                share.remove()?;
+                claim.remove()?;
+                Err(error.into())
+            }
+        }
+    }
+}
+
+impl Booting {
+    /// The VMM's process identifier.
+    #[must_use]
+    pub fn vmm_pid(&self) -> Option<u32> {
+        self.parts.vmm.pid()
+    }
+
+    /// The tree that the guest sees, to be filled while it boots.
+    #[must_use]
+    pub fn share(&self) -> &Share {
+        &self.parts.share
+    }
+
+    /// The sandbox's directory.
+    #[must_use]
+    pub fn claim(&self) -> &Claim {
+        &self.parts.claim
+    }
+
+    /// Ends the VM and removes everything.
+    pub async fn abandon(self) {
+        self.parts.abandon().await;
+    }
+
+    /// Waits until the agent answers and makes the guest into this sandbox, unless `cancelled` comes first.
+    ///
+    /// # Errors
+    ///
+    /// Fails where the guest dies or does not answer in time; nothing is left behind then.
+    pub async fn ready(mut self, cancelled: impl Future<Output = ()>) -> Result<Running, SandboxError> {
+        let outcome = tokio::select! {
+            biased;
+            () = cancelled => Err(SandboxError::Cancelled),
+            outcome = self.set_up() => outcome,
+        };
+        match outcome {
+            Ok((agent, ready_us)) => Ok(Running { parts: self.parts, agent, ready_us }),
+            Err(error) => {
+                self.parts.abandon().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn set_up(&mut self) -> Result<(Agent, u64), SandboxError> {
+        let vmm = &mut self.parts.vmm;
+        let greeted = tokio::select! {
+            biased;
+            greeted = vmm.ready() => Some(greeted?),
+            () = tokio::time::sleep(self.config.boot_timeout) => None,
+        };
+        match greeted {
+            // The agent's end closes when the VMM's does, so that is what has happened.
+            Some(false) => return Err(vmm.wait().await.into()),
+            None => {
+                return Err(SandboxError::BootTimeout {
+                    seconds: self.config.boot_timeout.as_secs(),
+                    console: vmm.last_console_lines(8),
+                });
+            }
+            Some(true) => {}
+        }
+        tokio::select! {
+            biased;
+            agent = configure_guest(&self.sockets.vsock, &self.config.hostname) => agent,
+            ended = vmm.wait() => Err(ended.into()),
+        }
+    }
+}
+
+async fn configure_guest(socket: &Path, hostname: &str) -> Result<(Agent, u64), SandboxError> {
+    let (agent, hello) = Agent::connect(socket).await?;
+    let mut entropy = vec![0; ENTROPY_BYTES];
+    getrandom(&mut entropy[..], GetRandomFlags::empty()).map_err(|errno| SandboxError::Random(errno.into()))?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let request = CreateSandboxRequest {
+        hostname: hostname.to_owned(),
+        time_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+        entropy,
+        storages: vec![Storage {
+            source: Some(storage::Source::FsTag(SHARE_TAG.to_owned())),
+            fstype: "virtiofs".to_owned(),
+            mount_point: SHARE_MOUNT_POINT.to_owned(),
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    answer("CreateSandbox", agent.sandbox.create_sandbox(short(), &request).await)?;
+    Ok((agent, hello.ready_us))
+}
+
+impl Running {
+    /// The connection to the agent.
+    #[must_use]
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// The sandbox's directory.
+    #[must_use]
+    pub fn claim(&self) -> &Claim {
+        &self.parts.claim
+    }
+
+    /// Microseconds from the guest kernel's start until its agent listened, as the guest says.
+    #[must_use]
+    pub fn ready_us(&self) -> u64 {
+        self.ready_us
+    }
+
+    /// Waits until the VM ends by itself, which it does only when something is wrong, and says what.
+    pub async fn ended(&mut self) -> SandboxError {
+        self.parts.vmm.wait().await.into()
+    }
+
+    /// Has the guest write everything back, ends the VM, and returns the directory to be kept or removed.
+    ///
+    /// # Errors
+    ///
+    /// Fails where mounts or directories will not go.
+    pub async fn stop(mut self) -> Result<Claim, SandboxError> {
+        let vmm = &mut self.parts.vmm;
+        let orderly = async {
+            if let Err(error) = self.agent.shutdown().await {
+                tracing::warn!("the guest does not shut down: {error}");
+                return;
+            }
+            vmm.wait().await;
+        };
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, orderly).await.is_err() {
+            tracing::warn!("the guest did not power off within {} s", SHUTDOWN_TIMEOUT.as_secs());
+        }
+        self.parts.vmm.kill().await;
+        self.parts.share.remove()?;
+        let sockets = Sockets::in_dir(self.parts.claim.dir());
+        for socket in [sockets.vsock, sockets.control] {
+            // A socket that is gone is what is wanted.
+            let _ = std::fs::remove_file(socket);
+        }
+        Ok(self.parts.claim)
+    }
+}

@@ -1,0 +1,299 @@
+//! The tree of directories that a sandbox's guest sees through virtio-fs.
+//!
+//! The tree is a small tmpfs at `shared` in the sandbox's directory, with a directory per container in it:
+//!
+//! ```text
+//! shared/CONTAINER/rootfs       the container's root: an overlay, or somebody's directory
+//! shared/CONTAINER/volumes/N    a bind mount of a file or directory of the host
+//! shared/CONTAINER/files/NAME   a file made for the container: hosts, hostname, resolv.conf
+//! ```
+//!
+//! Because all mounts lie below one mount, letting go of that one detaches them all, and what then is left to remove is
+//! empty: no removal ever walks into a directory of the host.
+//!
+//! The mounts are made in a mount namespace of the owner's ([`enter_mount_namespace`]), so they end with it.
+
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use hull_protocol::SHARE_MOUNT_POINT;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
+};
+
+/// A mount or directory of a share that could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ShareError {
+    /// The owner may not have a mount namespace.
+    #[error("cannot make a mount namespace: {0}; Hull needs to run as root")]
+    Namespace(#[source] std::io::Error),
+    /// A directory or file in the tree.
+    #[error("cannot make {path}: {source}")]
+    Make {
+        /// What was to be made.
+        path: PathBuf,
+        /// Why it was not.
+        source: std::io::Error,
+    },
+    /// The source of a volume or root.
+    #[error("the volume source {path} cannot be used: {source}; it must exist")]
+    Source {
+        /// The directory or file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A mount.
+    #[error("cannot mount {what} at {path}: {source}")]
+    Mount {
+        /// What was to be mounted.
+        what: String,
+        /// Where.
+        path: PathBuf,
+        /// Why it was not.
+        source: std::io::Error,
+    },
+}
+
+/// Puts the calling thread, and threads and processes that it starts from then on, into a mount namespace of its own, which
+/// sees mounts that the host makes later but not the reverse. To be called before any other thread exists.
+///
+/// # Errors
+///
+/// Fails without `CAP_SYS_ADMIN`.
+pub fn enter_mount_namespace() -> Result<(), ShareError> {
+    let namespace = |errno: Errno| ShareError::Namespace(errno.into());
+    unshare_mounts().map_err(namespace)?;
+    rustix::mount::mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).map_err(namespace)
+}
+
+fn unshare_mounts() -> rustix::io::Result<()> {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).map_err(|errno| Errno::from_raw_os_error(errno as i32))
+}
+
+/// Where a container's root comes from.
+#[derive(Clone, Debug)]
+pub enum RootSource {
+    /// A directory of the host, used as it is: the container's writes go there.
+    Directory(PathBuf),
+    /// Directories that nobody changes, bottom first, below a writable layer of the container's own.
+    Layers(Vec<PathBuf>),
+}
+
+/// A directory or file of the host that a container sees.
+#[derive(Clone, Debug)]
+pub struct Volume {
+    /// On the host.
+    pub source: PathBuf,
+    /// Whether the guest can change it: enforced on the host.
+    pub read_only: bool,
+}
+
+/// The tree of one sandbox.
+#[derive(Debug)]
+pub struct Share {
+    root: PathBuf,
+    /// Holds the writable layers, outside the tree.
+    layers: PathBuf,
+}
+
+impl Share {
+    /// Makes the empty tree at `root`; writable layers go to `layers`.
+    ///
+    /// # Errors
+    ///
+    /// Fails where the tmpfs cannot be mounted.
+    pub fn create(root: PathBuf, layers: PathBuf) -> Result<Self, ShareError> {
+        make_dir(&root)?;
+        rustix::mount::mount("hull", &root, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=0755,size=16m")
+            .map_err(|errno| mount_error("a tmpfs", &root, errno))?;
+        Ok(Self { root, layers })
+    }
+
+    /// The tree on the host.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Puts a container's root into the tree and says where the guest finds it.
+    ///
+    /// # Errors
+    ///
+    /// Fails where a source is missing or a mount fails.
+    pub fn add_root(&self, container: &str, source: &RootSource) -> Result<String, ShareError> {
+        let dir = self.root.join(container);
+        let target = dir.join("rootfs");
+        make_dir(&dir)?;
+        make_dir(&target)?;
+        match source {
+            RootSource::Directory(directory) => bind(directory, &target, false)?,
+            RootSource::Layers(layers) => self.mount_overlay(container, layers, &target)?,
+        }
+        Ok(format!("{SHARE_MOUNT_POINT}/{container}/rootfs"))
+    }
+
+    /// Puts a volume into the tree and says where the guest finds it.
+    ///
+    /// # Errors
+    ///
+    /// Fails where the source is missing or the mount fails.
+    pub fn add_volume(&self, container: &str, index: usize, volume: &Volume) -> Result<String, ShareError> {
+        let dir = self.root.join(container).join("volumes");
+        make_dir_all(&dir)?;
+        let target = dir.join(index.to_string());
+        let metadata = std::fs::metadata(&volume.source)
+            .map_err(|source| ShareError::Source { path: volume.source.clone(), source })?;
+        if metadata.is_dir() {
+            make_dir(&target)?;
+        } else {
+            make_file(&target, b"")?;
+        }
+        bind(&volume.source, &target, volume.read_only)?;
+        Ok(format!("{SHARE_MOUNT_POINT}/{container}/volumes/{index}"))
+    }
+
+    /// Makes a small file for a container and says where the guest finds it.
+    ///
+    /// # Errors
+    ///
+    /// Fails where the file cannot be written.
+    pub fn add_file(&self, container: &str, name: &str, contents: &[u8]) -> Result<String, ShareError> {
+        let dir = self.root.join(container).join("files");
+        make_dir_all(&dir)?;
+        make_file(&dir.join(name), contents)?;
+        Ok(format!("{SHARE_MOUNT_POINT}/{container}/files/{name}"))
+    }
+
+    /// Takes the whole tree away, with all mounts and writable layers.
+    ///
+    /// # Errors
+    ///
+    /// Fails where a mount or directory will not go.
+    pub fn remove(self) -> Result<(), ShareError> {
+        rustix::mount::unmount(&self.root, UnmountFlags::DETACH)
+            .map_err(|errno| mount_error("nothing", &self.root, errno))?;
+        let make = |path: &Path, source| ShareError::Make { path: path.to_owned(), source };
+        // Not recursive: if a mount were left below, this fails instead of emptying somebody's directory.
+        std::fs::remove_dir(&self.root).map_err(|source| make(&self.root, source))?;
+        match std::fs::remove_dir_all(&self.layers) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(make(&self.layers, source)),
+            _ => Ok(()),
+        }
+    }
+
+    fn mount_overlay(&self, container: &str, layers: &[PathBuf], target: &Path) -> Result<(), ShareError> {
+        let upper = self.layers.join(container).join("upper");
+        let work = self.layers.join(container).join("work");
+        make_dir_all(&upper)?;
+        make_dir_all(&work)?;
+        overlay(layers, &upper, &work, target).map_err(|errno| mount_error("the container's layers", target, errno))
+    }
+}
+
+/// Mounts an overlay through the mount API of file descriptors, which takes any number of layers one by one; a page of
+/// options, all that mount(2) takes, holds about 40.
+fn overlay(layers: &[PathBuf], upper: &Path, work: &Path, target: &Path) -> Result<(), Errno> {
+    use rustix::mount::{fsconfig_create, fsconfig_set_string, fsmount, fsopen, move_mount};
+    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&context, "source", "overlay")?;
+    // The option wants the top layer first. Kernels before 6.7 know no "lowerdir+".
+    let mut one_by_one = layers.iter().rev().map(|layer| fsconfig_set_string(&context, "lowerdir+", layer));
+    match one_by_one.next().transpose() {
+        Ok(_) => one_by_one.collect::<Result<(), Errno>>()?,
+        Err(Errno::INVAL) => fsconfig_set_string(&context, "lowerdir", joined(layers)?)?,
+        Err(errno) => return Err(errno),
+    }
+    fsconfig_set_string(&context, "upperdir", upper)?;
+    fsconfig_set_string(&context, "workdir", work)?;
+    // Layers are changed by nobody but this container, so names of directories may be redirected freely, and a crash of the
+    // host loses the container anyway.
+    let _ = fsconfig_set_string(&context, "redirect_dir", "on");
+    match rustix::mount::fsconfig_set_flag(&context, "volatile") {
+        Ok(()) | Err(Errno::INVAL) => {}
+        Err(errno) => return Err(errno),
+    }
+    fsconfig_create(&context)?;
+    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    move_mount(&mount, "", rustix::fs::CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+}
+
+/// All layers in one option, top first, colons in their names escaped.
+fn joined(layers: &[PathBuf]) -> Result<CString, Errno> {
+    let mut option = Vec::new();
+    for layer in layers.iter().rev() {
+        if !option.is_empty() {
+            option.push(b':');
+        }
+        for &byte in layer.as_os_str().as_bytes() {
+            if matches!(byte, b':' | b'\\' | b',') {
+                option.push(b'\\');
+            }
+            option.push(byte);
+        }
+    }
+    CString::new(option).map_err(|_| Errno::INVAL)
+}
+
+/// Makes `source` visible at `target` with everything mounted below it.
+fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), ShareError> {
+    let failed = |errno: Errno| ShareError::Source { path: source.to_owned(), source: errno.into() };
+    let tree = rustix::mount::open_tree(
+        rustix::fs::CWD,
+        source,
+        rustix::mount::OpenTreeFlags::OPEN_TREE_CLONE
+            | rustix::mount::OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | rustix::mount::OpenTreeFlags::AT_RECURSIVE,
+    )
+    .map_err(failed)?;
+    rustix::mount::move_mount(&tree, "", rustix::fs::CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .map_err(|errno| mount_error(&source.display().to_string(), target, errno))?;
+    if read_only {
+        rustix::mount::mount_remount(target, MountFlags::BIND | MountFlags::RDONLY, "")
+            .map_err(|errno| mount_error(&source.display().to_string(), target, errno))?;
+    }
+    Ok(())
+}
+
+fn mount_error(what: &str, path: &Path, errno: Errno) -> ShareError {
+    ShareError::Mount { what: what.to_owned(), path: path.to_owned(), source: errno.into() }
+}
+
+fn make_dir(path: &Path) -> Result<(), ShareError> {
+    std::fs::create_dir(path).map_err(|source| ShareError::Make { path: path.to_owned(), source })
+}
+
+fn make_dir_all(path: &Path) -> Result<(), ShareError> {
+    std::fs::create_dir_all(path).map_err(|source| ShareError::Make { path: path.to_owned(), source })
+}
+
+fn make_file(path: &Path, contents: &[u8]) -> Result<(), ShareError> {
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let make = |source| ShareError::Make { path: path.to_owned(), source };
+    let fd = rustix::fs::open(path, flags, Mode::from_raw_mode(0o644)).map_err(|errno| make(errno.into()))?;
+    std::io::Write::write_all(&mut std::fs::File::from(fd), contents).map_err(make)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn joins_layers_top_first_and_escapes_what_separates_them() {
+        let layers = [PathBuf::from("/a:b"), PathBuf::from("/c,d"), PathBuf::from("/e")];
+        assert_eq!(joined(&layers).unwrap().as_bytes(), br"/e:/c\,d:/a\:b");
+    }
+
+    #[test]
+    fn a_file_is_never_written_through_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let victim = dir.path().join("victim");
+        std::fs::write(&victim, "old").unwrap();
+        std::os::unix::fs::symlink(&victim, dir.path().join("hosts")).unwrap();
+        assert!(make_file(&dir.path().join("hosts"), b"new").is_err());
+        assert_eq!(std::fs::read(&victim).unwrap(), b"old");
+    }
+}

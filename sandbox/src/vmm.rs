@@ -1,0 +1,298 @@
+//! The VMM process of a sandbox.
+
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use command_fds::{CommandFdExt, FdMapping};
+use hull_protocol::{READY_PORT, SHARE_TAG};
+use hull_vmm_api::config::{
+    BootConfig, CachePolicy, ConsoleConfig, CpusConfig, GuestPort, MemoryConfig, Resource, ShareConfig, VmConfig,
+    VsockConfig,
+};
+use hull_vmm_api::exit::ExitCode;
+use rustix::fs::{Mode, OFlags};
+use rustix::pipe::{PipeFlags, pipe_with};
+use tokio::process::{Child, Command};
+
+use crate::config::SandboxConfig;
+use crate::console::Tail;
+use crate::host::Host;
+
+/// The context identifier of every guest: sockets of different VMs never meet, since each VM has a Unix socket of its own.
+const GUEST_CID: u32 = 3;
+
+/// A VMM that did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// A file that the VMM needs cannot be opened.
+    #[error("cannot open {path}: {source}")]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A socket cannot be made.
+    #[error("cannot make the socket {path}: {source}; a socket's path has at most 107 bytes")]
+    Socket {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A pipe, thread or process cannot be made.
+    #[error("cannot start the virtual machine monitor: {0}")]
+    Spawn(#[source] std::io::Error),
+    /// The process ended.
+    #[error("the virtual machine {reason}{}", details(.lines))]
+    Ended {
+        /// What its exit status says.
+        reason: String,
+        /// What it, or the guest, printed last.
+        lines: Vec<String>,
+    },
+}
+
+fn details(lines: &[String]) -> String {
+    if lines.is_empty() { String::new() } else { format!(": {}", lines.join(" | ")) }
+}
+
+/// The VMM process, from its start to its end.
+#[derive(Debug)]
+pub(crate) struct Vmm {
+    child: Child,
+    /// Closed with this value, or with the process that holds it: the VMM's sign that it must end.
+    _lifeline: OwnedFd,
+    console: Tail,
+    log: Tail,
+    log_thread: Option<std::thread::JoinHandle<()>>,
+    ready: Option<UnixStream>,
+}
+
+/// Sockets that the VMM serves, as paths that other processes can reach.
+#[derive(Clone, Debug)]
+pub(crate) struct Sockets {
+    pub(crate) vsock: PathBuf,
+    pub(crate) control: PathBuf,
+}
+
+impl Sockets {
+    pub(crate) fn in_dir(dir: &Path) -> Self {
+        Self { vsock: dir.join("vsock.sock"), control: dir.join("control.sock") }
+    }
+}
+
+impl Vmm {
+    /// Starts a VMM for `config`, whose one share is the tree at `share`.
+    pub(crate) fn spawn(host: &Host, config: &SandboxConfig, sockets: &Sockets, share: &Path) -> Result<Self, VmmError> {
+        let mut fds = Inherited::default();
+        let (console_read, console_write) = pipe()?;
+        let (log_read, log_write) = pipe()?;
+        let (lifeline_read, lifeline_write) = pipe()?;
+        let (ready, ready_guest) = UnixStream::pair().map_err(VmmError::Spawn)?;
+
+        let vm = VmConfig {
+            cpus: CpusConfig { boot: config.cpus, max: config.cpus },
+            memory: MemoryConfig { size_mib: config.memory_mib },
+            boot: BootConfig {
+                kernel: fds.add(open(&host.kernel, OFlags::RDONLY)?),
+                initrd: Some(fds.add(open(&host.image, OFlags::RDONLY)?)),
+                cmdline: config.cmdline(),
+            },
+            console: Some(ConsoleConfig { output: fds.add(console_write), input: None }),
+            debug_console: None,
+            vsock: Some(VsockConfig {
+                guest_cid: GUEST_CID,
+                listener: fds.add(listen(&sockets.vsock)?.into()),
+                guest_ports: vec![GuestPort { port: READY_PORT, stream: fds.add(ready_guest.into()) }],
+            }),
+            shares: vec![ShareConfig {
+                id: SHARE_TAG.into(),
+                tag: SHARE_TAG.into(),
+                root: fds.add(open(share, OFlags::DIRECTORY | OFlags::RDONLY)?),
+                read_only: false,
+                cache: CachePolicy::Auto,
+            }],
+            disks: Vec::new(),
+        };
+        let control = fds.add_number(listen(&sockets.control)?.into());
+        let lifeline = fds.add_number(lifeline_read);
+        let config_fd = fds.add_number(config_file(&vm)?);
+
+        let mut command = Command::new(&host.vmm);
+        command
+            .args(["--config-fd", &config_fd.to_string()])
+            .args(["--control-fd", &control.to_string()])
+            .args(["--lifeline-fd", &lifeline.to_string()])
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log_write)
+            .fd_mappings(fds.into_mappings())
+            .map_err(|error| VmmError::Spawn(std::io::Error::other(error)))?
+            // A terminal's Ctrl-C is for the container, which gets it from hull.
+            .process_group(0)
+            .kill_on_drop(true);
+        let child = command.spawn().map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => VmmError::Open { path: host.vmm.clone(), source },
+            _ => VmmError::Spawn(source),
+        })?;
+        // The command holds the descriptors meant for the VMM; with them open here no pipe would ever end.
+        drop(command);
+
+        let (console, _) = Tail::follow(console_read, "console").map_err(VmmError::Spawn)?;
+        let (log, log_thread) = Tail::follow(log_read, "vmm-log").map_err(VmmError::Spawn)?;
+        Ok(Self {
+            child,
+            _lifeline: lifeline_write,
+            console,
+            log,
+            log_thread: Some(log_thread),
+            ready: Some(ready),
+        })
+    }
+
+    /// The process's identifier; none once its end has been seen.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Waits until the guest says that its agent listens; answers false where the guest closes without a word.
+    pub(crate) async fn ready(&mut self) -> Result<bool, VmmError> {
+        let Some(ready) = self.ready.take() else { return Ok(true) };
+        ready.set_nonblocking(true).map_err(VmmError::Spawn)?;
+        let ready = tokio::net::UnixStream::from_std(ready).map_err(VmmError::Spawn)?;
+        let mut greeting = Vec::new();
+        while greeting.len() < hull_protocol::READY_GREETING.len() {
+            ready.readable().await.map_err(VmmError::Spawn)?;
+            match ready.try_read_buf(&mut greeting) {
+                Ok(0) => return Ok(false),
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(VmmError::Spawn(error)),
+            }
+        }
+        Ok(greeting == hull_protocol::READY_GREETING)
+    }
+
+    /// Waits for the process's end and says what it was.
+    pub(crate) async fn wait(&mut self) -> VmmError {
+        let reason = match self.child.wait().await {
+            Ok(status) => describe(status),
+            Err(error) => format!("cannot be waited for: {error}"),
+        };
+        if let Some(thread) = self.log_thread.take() {
+            // All of the VMM's words are in the pipe by now, and its end follows at once.
+            let _ = thread.join();
+        }
+        let mut lines = self.log.last_lines(1);
+        lines.extend(self.last_console_lines(4));
+        VmmError::Ended { reason, lines }
+    }
+
+    /// The guest's last words.
+    pub(crate) fn last_console_lines(&self, count: usize) -> Vec<String> {
+        self.console.last_lines(count)
+    }
+
+    /// Ends the process at once and waits for it.
+    pub(crate) async fn kill(&mut self) {
+        // Fails only where the process has ended already.
+        let _ = self.child.kill().await;
+    }
+}
+
+/// What an exit status of the VMM means, as the end of a sentence about the virtual machine.
+pub(crate) fn describe(status: std::process::ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => ExitCode::from_status(code)
+            .map_or_else(|| format!("ended with the unknown status {code}"), |code| code.describe().to_owned()),
+        (None, Some(signal)) => format!("was killed by signal {signal}"),
+        (None, None) => "ended".to_owned(),
+    }
+}
+
+/// The descriptors that the VMM inherits. They keep the order in which they were added, from 3 up.
+#[derive(Default)]
+pub(crate) struct Inherited(Vec<FdMapping>);
+
+impl Inherited {
+    /// Adds a descriptor and says how the configuration names it.
+    pub(crate) fn add(&mut self, parent_fd: OwnedFd) -> Resource {
+        Resource::Fd(self.add_number(parent_fd))
+    }
+
+    /// Adds a descriptor and says its number in the VMM.
+    pub(crate) fn add_number(&mut self, parent_fd: OwnedFd) -> RawFd {
+        // At most a handful, so this cannot wrap.
+        let child_fd = 3 + self.0.len() as RawFd;
+        self.0.push(FdMapping { parent_fd, child_fd });
+        child_fd
+    }
+
+    pub(crate) fn into_mappings(self) -> Vec<FdMapping> {
+        self.0
+    }
+}
+
+pub(crate) fn open(path: &Path, flags: OFlags) -> Result<OwnedFd, VmmError> {
+    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|errno| VmmError::Open { path: path.to_owned(), source: errno.into() })
+}
+
+fn listen(path: &Path) -> Result<UnixListener, VmmError> {
+    UnixListener::bind(path).map_err(|source| VmmError::Socket { path: path.to_owned(), source })
+}
+
+fn pipe() -> Result<(OwnedFd, OwnedFd), VmmError> {
+    pipe_with(PipeFlags::CLOEXEC).map_err(|errno| VmmError::Spawn(errno.into()))
+}
+
+/// A file in memory that holds the configuration, to be read from its start.
+pub(crate) fn config_file(config: &VmConfig) -> Result<OwnedFd, VmmError> {
+    let spawn = |error: std::io::Error| VmmError::Spawn(error);
+    let json = serde_json::to_vec(config).map_err(|error| spawn(error.into()))?;
+    let fd = rustix::fs::memfd_create("vm-config", rustix::fs::MemfdFlags::CLOEXEC).map_err(|e| spawn(e.into()))?;
+    let mut rest = &json[..];
+    while !rest.is_empty() {
+        let count = rustix::io::write(fd.as_fd(), rest).map_err(|errno| spawn(errno.into()))?;
+        rest = &rest[count..];
+    }
+    rustix::fs::seek(&fd, rustix::fs::SeekFrom::Start(0)).map_err(|errno| spawn(errno.into()))?;
+    Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    #[test]
+    fn the_configuration_survives_its_file() {
+        let config = VmConfig {
+            cpus: CpusConfig { boot: 1, max: 1 },
+            memory: MemoryConfig { size_mib: 128 },
+            boot: BootConfig { kernel: Resource::Fd(3), initrd: None, cmdline: "quiet".into() },
+            console: None,
+            debug_console: None,
+            vsock: None,
+            shares: Vec::new(),
+            disks: Vec::new(),
+        };
+        let mut json = String::new();
+        std::fs::File::from(config_file(&config).unwrap()).read_to_string(&mut json).unwrap();
+        assert_eq!(serde_json::from_str::<VmConfig>(&json).unwrap(), config);
+    }
+
+    #[test]
+    fn inherited_descriptors_count_up_from_three() {
+        let mut fds = Inherited::default();
+        let (a, b) = pipe().unwrap();
+        assert_eq!((fds.add(a), fds.add(b)), (Resource::Fd(3), Resource::Fd(4)));
+    }
+}

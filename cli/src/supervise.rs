@@ -58,6 +58,7 @@ pub(crate) async fn supervise(plan: Plan, started: impl FnOnce()) -> Result<u8, 
         }
     };
     let mut running = booting.ready(signals.interruption()).await?;
+    tracing::debug!(ready_us = running.ready_us(), "the agent answers");
 
     let log = if remove {
         None

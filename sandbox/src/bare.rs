@@ -4,9 +4,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 
-use hull_vmm_api::config::{
-    BootConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, VmConfig,
-};
+use hull_vmm_api::config::{BootConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, VmConfig};
 use rustix::fs::OFlags;
 
 use crate::host::Host;

@@ -30,7 +30,9 @@ pub struct SandboxConfig {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ConfigError {
     /// An identifier that would not do as a file name, or in the agent's eyes.
-    #[error("{0:?} is not a valid name: use 1 to 64 letters, digits, '-', '_' and '.', starting with a letter or digit")]
+    #[error(
+        "{0:?} is not a valid name: use 1 to 64 letters, digits, '-', '_' and '.', starting with a letter or digit"
+    )]
     Name(String),
     /// Too few or too many CPUs.
     #[error("{0} CPUs: a sandbox has 1 to {MAX_CPUS}")]

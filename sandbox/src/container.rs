@@ -101,8 +101,7 @@ impl Process {
             ..Default::default()
         };
         answer("ExecProcess", agent.container.exec_process(long(), &request).await)?;
-        let process =
-            Self { agent: agent.clone(), container_id: container_id.to_owned(), exec_id: exec_id.to_owned() };
+        let process = Self { agent: agent.clone(), container_id: container_id.to_owned(), exec_id: exec_id.to_owned() };
         Ok((process, connections))
     }
 
@@ -216,11 +215,7 @@ impl Process {
     }
 
     fn names(&self) -> ProcessRequest {
-        ProcessRequest {
-            container_id: self.container_id.clone(),
-            exec_id: self.exec_id.clone(),
-            ..Default::default()
-        }
+        ProcessRequest { container_id: self.container_id.clone(), exec_id: self.exec_id.clone(), ..Default::default() }
     }
 }
 

@@ -5,8 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-pub use hull_vmm_api::control::{Counters, Request, Response, Status};
 use hull_vmm_api::control::MAX_LINE_BYTES;
+pub use hull_vmm_api::control::{Counters, Request, Response, Status};
 
 /// How long the VMM may take to answer: it does so from its event loop, which never waits for the guest.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);

@@ -86,7 +86,12 @@ impl Sockets {
 
 impl Vmm {
     /// Starts a VMM for `config`, whose one share is the tree at `share`.
-    pub(crate) fn spawn(host: &Host, config: &SandboxConfig, sockets: &Sockets, share: &Path) -> Result<Self, VmmError> {
+    pub(crate) fn spawn(
+        host: &Host,
+        config: &SandboxConfig,
+        sockets: &Sockets,
+        share: &Path,
+    ) -> Result<Self, VmmError> {
         let mut fds = Inherited::default();
         let (console_read, console_write) = pipe()?;
         let (log_read, log_write) = pipe()?;
@@ -145,14 +150,7 @@ impl Vmm {
 
         let (console, _) = Tail::follow(console_read, "console").map_err(VmmError::Spawn)?;
         let (log, log_thread) = Tail::follow(log_read, "vmm-log").map_err(VmmError::Spawn)?;
-        Ok(Self {
-            child,
-            _lifeline: lifeline_write,
-            console,
-            log,
-            log_thread: Some(log_thread),
-            ready: Some(ready),
-        })
+        Ok(Self { child, _lifeline: lifeline_write, console, log, log_thread: Some(log_thread), ready: Some(ready) })
     }
 
     /// The process's identifier; none once its end has been seen.

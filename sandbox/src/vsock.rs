@@ -48,8 +48,8 @@ pub type Token = [u8; STREAM_TOKEN_BYTES];
 ///
 /// Fails where the VMM has gone, nothing listens on the port, or no answer comes within ten seconds.
 pub fn connect(socket: &Path, port: u32) -> Result<UnixStream, VsockError> {
-    let mut stream = UnixStream::connect(socket)
-        .map_err(|source| VsockError::Unreachable { path: socket.to_owned(), source })?;
+    let mut stream =
+        UnixStream::connect(socket).map_err(|source| VsockError::Unreachable { path: socket.to_owned(), source })?;
     let refused = |source| VsockError::Refused { port, source };
     stream.set_read_timeout(Some(CONNECT_TIMEOUT)).map_err(refused)?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).map_err(refused)?;

@@ -1,0 +1,11 @@
+//! Whole-system tests, one file per feature. `tests/run` runs them, here or in the lab.
+
+mod bad_input;
+mod containers;
+mod exec;
+mod isolation;
+mod lifecycle;
+mod output;
+mod streams;
+mod tty;
+mod volumes;

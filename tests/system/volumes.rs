@@ -1,0 +1,164 @@
+//! Files and directories of the host, as the container sees them.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use fixture::{Said, debian, hull};
+
+/// Runs a Python program with a directory of the host at /v.
+fn with_volume(options: &str, program: &str) -> (tempfile::TempDir, Said) {
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(dir.path().join("from-host"), "from the host").unwrap();
+    let volume = format!("{}:/v{options}", dir.path().display());
+    let said = hull(["run", "--rm", "--memory", "256", "-v", &volume, &debian(), "python3", "-c", program]).run();
+    (dir, said)
+}
+
+#[test]
+fn both_sides_see_each_others_files() {
+    let (dir, said) =
+        with_volume("", "print(open('/v/from-host').read()); open('/v/from-guest', 'w').write('from the guest')");
+    assert_eq!(said.ok(), "from the host");
+    assert_eq!(fs::read_to_string(dir.path().join("from-guest")).unwrap(), "from the guest");
+}
+
+#[test]
+fn a_read_only_volume_refuses_every_change() {
+    let program = "
+import os
+for change in (lambda: open('/v/new', 'w'), lambda: os.unlink('/v/from-host'), lambda: os.mkdir('/v/d'),
+               lambda: os.chmod('/v/from-host', 0), lambda: os.rename('/v/from-host', '/v/x')):
+    try:
+        change()
+        print('changed')
+    except OSError as error:
+        print(error.errno)
+";
+    let (dir, said) = with_volume(":ro", program);
+    assert_eq!(said.ok(), "30\n30\n30\n30\n30");
+    assert_eq!(fs::read_to_string(dir.path().join("from-host")).unwrap(), "from the host");
+}
+
+#[test]
+fn a_single_file_can_be_a_volume() {
+    let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
+    fs::write(file.path(), "one").unwrap();
+    let volume = format!("{}:/etc/one", file.path().display());
+    let said = hull([
+        "run",
+        "--rm",
+        "--memory",
+        "256",
+        "-v",
+        &volume,
+        &debian(),
+        "sh",
+        "-c",
+        "cat /etc/one; echo two >/etc/one",
+    ]);
+    assert_eq!(said.run().ok(), "one");
+    assert_eq!(fs::read_to_string(file.path()).unwrap(), "two\n");
+}
+
+#[test]
+fn ownership_and_modes_are_the_hosts() {
+    let program = "
+import os
+os.mkdir('/v/d', 0o750); os.chown('/v/d', 1000, 2000)
+open('/v/f', 'w').close(); os.chmod('/v/f', 0o4751); os.chown('/v/f', 33, 44); os.chmod('/v/f', 0o4751)
+os.setegid(77); os.seteuid(66)
+os.chdir('/v')
+";
+    let (dir, said) = with_volume("", program);
+    said.ok();
+    let d = fs::metadata(dir.path().join("d")).unwrap();
+    assert_eq!((d.uid(), d.gid(), d.mode() & 0o7777), (1000, 2000, 0o750));
+    let f = fs::metadata(dir.path().join("f")).unwrap();
+    assert_eq!((f.uid(), f.gid(), f.mode() & 0o7777), (33, 44, 0o4751));
+}
+
+#[test]
+fn an_ordinary_user_makes_files_of_their_own() {
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let volume = format!("{}:/v", dir.path().display());
+    hull([
+        "run",
+        "--rm",
+        "--memory",
+        "256",
+        "-u",
+        "66:77",
+        "-v",
+        &volume,
+        &debian(),
+        "sh",
+        "-c",
+        "umask 027; mkdir /v/d; echo x >/v/d/f",
+    ])
+    .run()
+    .ok();
+    let f = fs::metadata(dir.path().join("d/f")).unwrap();
+    assert_eq!((f.uid(), f.gid(), f.mode() & 0o7777), (66, 77, 0o640));
+}
+
+#[test]
+fn extended_attributes_links_and_renames_work() {
+    let program = "
+import os
+p = '/v/f'
+open(p, 'w').write('x')
+os.setxattr(p, 'user.colour', b'blue')
+assert os.getxattr(p, 'user.colour') == b'blue' and 'user.colour' in os.listxattr(p)
+os.removexattr(p, 'user.colour')
+os.symlink('/nowhere/at all', '/v/s'); assert os.readlink('/v/s') == '/nowhere/at all'
+os.link(p, '/v/h'); assert os.stat(p).st_nlink == 2 and os.path.samefile(p, '/v/h')
+os.mkdir('/v/d'); os.rename('/v/h', '/v/d/h'); os.rename('/v/d', '/v/e'); assert os.listdir('/v/e') == ['h']
+os.mkfifo('/v/p')
+name = 'n' * 255
+open('/v/' + name, 'w').close(); os.unlink('/v/' + name)
+print('done')
+";
+    assert_eq!(with_volume("", program).1.ok(), "done");
+}
+
+#[test]
+fn locks_mappings_and_sparse_files_work() {
+    let program = "
+import fcntl, mmap, os
+f = open('/v/m', 'w+b'); f.truncate(1 << 20)
+m = mmap.mmap(f.fileno(), 1 << 20); m[4096:4101] = b'hello'; m.flush(); m.close()
+f.seek(4096); assert f.read(5) == b'hello'
+a, b = open('/v/l', 'w'), open('/v/l', 'w')
+fcntl.flock(a, fcntl.LOCK_EX)
+try: fcntl.flock(b, fcntl.LOCK_EX | fcntl.LOCK_NB); print('two locks')
+except BlockingIOError: pass
+pid = os.fork()
+fcntl.lockf(a, fcntl.LOCK_EX) if pid else None
+os.waitpid(pid, 0) if pid else os._exit(0)
+fd = os.open('/v/sparse', os.O_RDWR | os.O_CREAT)
+os.pwrite(fd, b'x', 1 << 30)
+assert os.stat('/v/sparse').st_blocks < 1000
+os.posix_fallocate(fd, 0, 65536); assert os.stat('/v/sparse').st_blocks >= 128
+print('done')
+";
+    assert_eq!(with_volume("", program).1.ok(), "done");
+}
+
+#[test]
+fn a_hundred_thousand_files_are_made_listed_and_removed() {
+    let program = "
+import os, shutil
+for i in range(100):
+    os.mkdir(f'/v/{i}')
+    for j in range(1000):
+        os.close(os.open(f'/v/{i}/{j}', os.O_CREAT | os.O_WRONLY))
+assert sum(len(files) for _, _, files in os.walk('/v')) == 100_001
+assert len(os.listdir('/v/99')) == 1000
+for i in range(100):
+    shutil.rmtree(f'/v/{i}')
+print(os.listdir('/v'))
+";
+    assert_eq!(with_volume("", program).1.ok(), "['from-host']");
+}

@@ -1,0 +1,222 @@
+//! Wire messages to the agent's own types and back. What comes in is checked here, once.
+
+use std::path::{Path, PathBuf};
+
+use hull_protocol::agent as wire;
+use hull_protocol::{MAX_ID_BYTES, STREAM_TOKEN_BYTES};
+use protobuf::MessageField;
+
+use crate::cgroup::stats::{Pressure, PressureLine, Stats};
+use crate::container::spec::check_path;
+use crate::error::{Error, Result};
+use crate::events::{Event, ExitStatus, What};
+use crate::storage::{Source, Storage};
+use crate::streams::parking::Token;
+use crate::streams::stdio::{Io, WindowSize};
+
+/// An identifier: of a container, a directory and a cgroup too, so neither "." nor "..".
+pub(super) fn check_id(field: &'static str, id: &str) -> Result<()> {
+    let plain = id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-'));
+    if id.is_empty() || id.len() > MAX_ID_BYTES || !plain || id == "." || id == ".." {
+        return Err(Error::invalid(field, format!("is not 1 to {MAX_ID_BYTES} letters, digits, dots, dashes or underscores")));
+    }
+    Ok(())
+}
+
+/// The ids of a request for a process: empty for the container's first.
+pub(super) fn check_process_id(container_id: &str, exec_id: &str) -> Result<()> {
+    check_id("container_id", container_id)?;
+    if exec_id.is_empty() { Ok(()) } else { check_id("exec_id", exec_id) }
+}
+
+pub(super) fn io(io: &MessageField<wire::Io>) -> Result<Io> {
+    let io = io.get_or_default();
+    if io.terminal && (!io.stdin.is_empty() || !io.stderr.is_empty()) {
+        return Err(Error::invalid("io", "a terminal's only stream is stdout"));
+    }
+    let streams = Io {
+        stdin: token("io.stdin", &io.stdin)?,
+        stdout: token("io.stdout", &io.stdout)?,
+        stderr: token("io.stderr", &io.stderr)?,
+        terminal: io.terminal,
+        size: window_size(&io.size)?,
+    };
+    let tokens = [streams.stdin, streams.stdout, streams.stderr];
+    let twice = |index: usize| tokens[index].is_some() && tokens[index + 1..].contains(&tokens[index]);
+    if twice(0) || twice(1) {
+        return Err(Error::invalid("io", "two streams have one token"));
+    }
+    Ok(streams)
+}
+
+fn token(field: &'static str, bytes: &[u8]) -> Result<Option<Token>> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    let token = bytes.try_into().map_err(|_| Error::invalid(field, format!("is not {STREAM_TOKEN_BYTES} bytes")))?;
+    Ok(Some(token))
+}
+
+pub(super) fn window_size(size: &MessageField<wire::WindowSize>) -> Result<WindowSize> {
+    let size = size.get_or_default();
+    let side = |side: u32| u16::try_from(side).map_err(|_| Error::invalid("size", format!("{side} is too large")));
+    Ok(WindowSize { columns: side(size.columns)?, rows: side(size.rows)? })
+}
+
+pub(super) fn storages(storages: Vec<wire::Storage>) -> Result<Vec<Storage>> {
+    storages.into_iter().map(storage).collect()
+}
+
+fn storage(storage: wire::Storage) -> Result<Storage> {
+    let source = match storage.source {
+        Some(wire::storage::Source::FsTag(tag)) if tag.is_empty() || tag.contains('\0') => {
+            return Err(Error::invalid("storages.fs_tag", "is not a tag"));
+        }
+        Some(wire::storage::Source::FsTag(tag)) => Source::FsTag(tag),
+        Some(wire::storage::Source::PciAddress(address)) => Source::Disk(address.parse()?),
+        Some(wire::storage::Source::None(_)) => Source::None,
+        Some(_) | None => return Err(Error::invalid("storages.source", "is missing")),
+    };
+    let mount_point = PathBuf::from(storage.mount_point);
+    check_path("storages.mount_point", &mount_point)?;
+    if mount_point == Path::new("/") {
+        return Err(Error::invalid("storages.mount_point", "is the guest's root"));
+    }
+    Ok(Storage { source, fstype: storage.fstype, options: storage.options, mount_point })
+}
+
+pub(super) fn exit_status(status: ExitStatus) -> wire::ExitStatus {
+    wire::ExitStatus {
+        code: status.code,
+        signal: status.signal,
+        exited_at_ns: status.exited_at_ns,
+        oom_killed: status.oom_killed,
+        ..Default::default()
+    }
+}
+
+pub(super) fn event(event: Event) -> wire::Event {
+    let what = match event.what {
+        What::Exit { exec_id, status } => wire::event::What::Exit(wire::ProcessExit {
+            exec_id,
+            status: Some(exit_status(status)).into(),
+            ..Default::default()
+        }),
+        What::OutOfMemory { kills } => {
+            wire::event::What::Oom(wire::OutOfMemory { kills, ..Default::default() })
+        }
+    };
+    wire::Event { number: event.number, container_id: event.container_id, what: Some(what), ..Default::default() }
+}
+
+pub(super) fn stats(stats: Stats) -> wire::ContainerStatsResponse {
+    let cpu = wire::CpuStats {
+        usage_usec: stats.cpu("usage_usec"),
+        user_usec: stats.cpu("user_usec"),
+        system_usec: stats.cpu("system_usec"),
+        nr_periods: stats.cpu("nr_periods"),
+        nr_throttled: stats.cpu("nr_throttled"),
+        throttled_usec: stats.cpu("throttled_usec"),
+        pressure: stats.cpu_pressure.map(pressure).into(),
+        ..Default::default()
+    };
+    let memory = wire::MemoryStats {
+        usage_bytes: stats.memory_usage_bytes,
+        limit_bytes: stats.memory_limit_bytes,
+        swap_usage_bytes: stats.swap_usage_bytes,
+        swap_limit_bytes: stats.swap_limit_bytes,
+        peak_bytes: stats.memory_peak_bytes,
+        stat: stats.memory_stat.into_iter().collect(),
+        events: stats.memory_events.into_iter().collect(),
+        pressure: stats.memory_pressure.map(pressure).into(),
+        ..Default::default()
+    };
+    let pids = wire::PidsStats { current: stats.pids_current, limit: stats.pids_limit, ..Default::default() };
+    let io = stats
+        .io
+        .into_iter()
+        .map(|io| wire::IoStats {
+            major: io.major,
+            minor: io.minor,
+            read_bytes: io.read_bytes,
+            write_bytes: io.write_bytes,
+            reads: io.reads,
+            writes: io.writes,
+            ..Default::default()
+        })
+        .collect();
+    wire::ContainerStatsResponse {
+        cpu: Some(cpu).into(),
+        memory: Some(memory).into(),
+        pids: Some(pids).into(),
+        io,
+        ..Default::default()
+    }
+}
+
+fn pressure(pressure: Pressure) -> wire::Pressure {
+    wire::Pressure {
+        some: pressure.some.map(pressure_line).into(),
+        full: pressure.full.map(pressure_line).into(),
+        ..Default::default()
+    }
+}
+
+fn pressure_line(line: PressureLine) -> wire::PressureLine {
+    wire::PressureLine {
+        avg10: line.avg10,
+        avg60: line.avg60,
+        avg300: line.avg300,
+        total_usec: line.total_usec,
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn streams(stdin: &[u8], stdout: &[u8], terminal: bool) -> Result<Io> {
+        let message =
+            wire::Io { stdin: stdin.to_vec(), stdout: stdout.to_vec(), terminal, ..Default::default() };
+        io(&Some(message).into())
+    }
+
+    #[test]
+    fn ids_are_plain_names_of_bounded_length() {
+        for good in ["a", "web-1_2.x", &"x".repeat(MAX_ID_BYTES)] {
+            assert!(check_id("container_id", good).is_ok(), "{good}");
+        }
+        for bad in ["", ".", "..", "a/b", "a b", "ä", "a\0", &"x".repeat(MAX_ID_BYTES + 1)] {
+            assert!(check_id("container_id", bad).is_err(), "{bad}");
+        }
+        assert!(check_process_id("c", "").is_ok());
+        assert!(check_process_id("c", "/").is_err());
+    }
+
+    #[test]
+    fn streams_need_tokens_of_the_right_length_and_their_own() {
+        assert!(streams(&[1; 16], &[2; 16], false).is_ok());
+        assert!(streams(&[], &[], false).unwrap().stdin.is_none());
+        assert!(streams(&[1; 15], &[], false).is_err());
+        assert!(streams(&[1; 16], &[1; 16], false).is_err());
+        assert!(streams(&[1; 16], &[], true).is_err());
+        assert!(streams(&[], &[1; 16], true).is_ok());
+    }
+
+    #[test]
+    fn storages_need_a_source_and_a_mount_point_below_the_root() {
+        let make = |source, mount_point: &str| {
+            let message = wire::Storage { source, mount_point: mount_point.into(), ..Default::default() };
+            storages(vec![message])
+        };
+        let none = || Some(wire::storage::Source::None(true));
+        assert!(make(none(), "/data").is_ok());
+        for bad in ["", "/", "data", "/a/../b"] {
+            assert!(make(none(), bad).is_err(), "{bad}");
+        }
+        assert!(make(None, "/data").is_err());
+        assert!(make(Some(wire::storage::Source::PciAddress("x".into())), "/data").is_err());
+        assert!(make(Some(wire::storage::Source::FsTag(String::new())), "/data").is_err());
+    }
+}

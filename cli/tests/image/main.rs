@@ -1,0 +1,7 @@
+//! The image store from outside: honest images, hostile ones, and many processes at once.
+
+mod finding;
+mod hostile;
+mod loading;
+mod sharing;
+mod support;

@@ -1,0 +1,231 @@
+//! Guest RAM: private, anonymous memory of this process, with files laid over it where the guest starts with their
+//! contents.
+//!
+//! Nothing is copied and nothing touched that need not be: a page costs the host memory when the guest first uses it,
+//! and a page of a file that no guest wrote to is shared by all of them through the host's page cache.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+
+use crate::arch::layout::{self, PAGE_SIZE};
+use crate::virtio::device::GuestMemory;
+
+/// Pages asked about at once when counting resident ones: 64 MiB of memory, 16 KiB of answer.
+const RESIDENCY_BATCH: usize = 16 * 1024;
+
+/// What can go wrong with guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The host does not let the process map that much.
+    #[error(
+        "cannot map {mib} MiB of guest memory: {source}; give the VM less memory, or raise the host's limits \
+         (ulimit -v, vm.overcommit_memory)"
+    )]
+    Map {
+        /// How much.
+        mib: u64,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Regions overlap; the layout is wrong.
+    #[error("guest memory regions do not fit together: {0}")]
+    Regions(vm_memory::GuestRegionCollectionError),
+    /// An address range is not all in RAM.
+    #[error("guest addresses {start:#x} to {end:#x} are not in its memory; give the VM more memory")]
+    OutOfRange {
+        /// First address.
+        start: u64,
+        /// First address behind the range.
+        end: u64,
+    },
+    /// A file cannot be laid over memory.
+    #[error("cannot map the file into guest memory: {0}; it must be a regular file")]
+    MapFile(io::Error),
+    /// A file ends early or cannot be read.
+    #[error("cannot read the file: {0}")]
+    ReadFile(io::Error),
+}
+
+/// Reserves guest RAM of `size_bytes`, laid out as the board has it.
+///
+/// # Errors
+///
+/// When the host refuses that much address space.
+pub fn allocate(size_bytes: u64) -> Result<GuestMemory, MemoryError> {
+    let map = |source| MemoryError::Map { mib: size_bytes >> 20, source };
+    let mut regions = Vec::new();
+    for range in layout::ram(size_bytes) {
+        let len = usize::try_from(range.end - range.start).map_err(io::Error::other).map_err(map)?;
+        let mapping = MmapRegion::build(
+            None,
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        )
+        .map_err(|error| map(io::Error::other(error)))?;
+        regions.push(GuestRegionMmap::new(mapping, GuestAddress(range.start)).ok_or_else(|| {
+            MemoryError::OutOfRange { start: range.start, end: range.end }
+        })?);
+    }
+    Ok(Arc::new(GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)?))
+}
+
+/// Puts `len` bytes of `file` from `offset` on at guest address `at`, so that the guest sees a private copy of them.
+///
+/// Whole pages that lie alike in file and memory are mapped; the rest is read. What is mapped changes with the file until
+/// the guest first writes to it, so the file must be left alone while the VM lives, and truncating it kills the VM.
+///
+/// # Errors
+///
+/// When the range is not in RAM, or the file cannot be mapped or read.
+pub fn place_file(memory: &GuestMemory, at: u64, file: &File, offset: u64, len: u64) -> Result<(), MemoryError> {
+    let out_of_range = || MemoryError::OutOfRange { start: at, end: at.saturating_add(len) };
+    let end = at.checked_add(len).ok_or_else(out_of_range)?;
+    let first_page = at.next_multiple_of(PAGE_SIZE);
+    let last_page = end - end % PAGE_SIZE;
+    if at % PAGE_SIZE != offset % PAGE_SIZE || first_page >= last_page {
+        return read_file(memory, at, file, offset, len);
+    }
+    read_file(memory, at, file, offset, first_page - at)?;
+    map_file(memory, first_page, file, offset + (first_page - at), last_page - first_page)?;
+    read_file(memory, last_page, file, offset + (last_page - at), end - last_page)
+}
+
+/// Maps whole pages of `file` over RAM. All arguments are multiples of the page size.
+fn map_file(memory: &GuestMemory, at: u64, file: &File, offset: u64, len: u64) -> Result<(), MemoryError> {
+    let out_of_range = MemoryError::OutOfRange { start: at, end: at + len };
+    let Ok(len) = usize::try_from(len) else { return Err(out_of_range) };
+    let Ok(offset) = libc::off_t::try_from(offset) else {
+        return Err(MemoryError::MapFile(io::ErrorKind::InvalidInput.into()));
+    };
+    // Pages behind the end of the file would be mapped as well, and kill the VM on their first use.
+    let file_len = file.metadata().map_err(MemoryError::MapFile)?.len();
+    if (offset as u64).checked_add(len as u64).is_none_or(|end| end > file_len) {
+        return Err(MemoryError::ReadFile(io::ErrorKind::UnexpectedEof.into()));
+    }
+    let Ok(slice) = memory.get_slice(GuestAddress(at), len) else { return Err(out_of_range) };
+    let host = slice.ptr_guard_mut().as_ptr();
+    // SAFETY: the range lies in one region of guest memory, which is a private mapping that nothing but raw and volatile
+    // accesses refer to; replacing part of it keeps it readable and writable throughout.
+    let mapped = unsafe {
+        libc::mmap(
+            host.cast(),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            file.as_raw_fd(),
+            offset,
+        )
+    };
+    if mapped == libc::MAP_FAILED { Err(MemoryError::MapFile(io::Error::last_os_error())) } else { Ok(()) }
+}
+
+/// Reads a piece of `file` into RAM.
+fn read_file(memory: &GuestMemory, mut at: u64, file: &File, mut offset: u64, len: u64) -> Result<(), MemoryError> {
+    use std::os::unix::fs::FileExt;
+
+    let mut buffer = vec![0; usize::try_from(len.min(128 * 1024)).unwrap_or(0)];
+    let end = at + len;
+    while at < end {
+        let part = usize::try_from(end - at).map_or(buffer.len(), |rest| rest.min(buffer.len()));
+        file.read_exact_at(&mut buffer[..part], offset).map_err(MemoryError::ReadFile)?;
+        memory
+            .write_slice(&buffer[..part], GuestAddress(at))
+            .map_err(|_| MemoryError::OutOfRange { start: at, end })?;
+        at += part as u64;
+        offset += part as u64;
+    }
+    Ok(())
+}
+
+/// Bytes of guest RAM that are in the host's memory, pages of files in its page cache included.
+///
+/// # Errors
+///
+/// When the kernel refuses to tell.
+pub fn resident_bytes(memory: &GuestMemory) -> io::Result<u64> {
+    let page = PAGE_SIZE as usize;
+    let mut pages = vec![0u8; RESIDENCY_BATCH];
+    let mut resident = 0u64;
+    for region in memory.iter() {
+        let host = region.as_ptr();
+        let len = usize::try_from(region.len()).map_err(io::Error::other)?;
+        for start in (0..len).step_by(RESIDENCY_BATCH * page) {
+            let part = (len - start).min(RESIDENCY_BATCH * page);
+            let batch = &mut pages[..part.div_ceil(page)];
+            // SAFETY: the range lies in the region's mapping, and `batch` has a byte for each of its pages.
+            let result = unsafe { libc::mincore(host.add(start).cast(), part, batch.as_mut_ptr()) };
+            if result != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            resident += batch.iter().map(|state| u64::from(state & 1)).sum::<u64>();
+        }
+    }
+    Ok(resident * PAGE_SIZE)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn read(memory: &GuestMemory, at: u64, len: usize) -> Vec<u8> {
+        let mut data = vec![0; len];
+        memory.read_slice(&mut data, GuestAddress(at)).unwrap();
+        data
+    }
+
+    fn pattern(len: usize) -> (File, Vec<u8>) {
+        let bytes: Vec<u8> = (0..len).map(|i| (i * 7 + i / 4096) as u8).collect();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        (file, bytes)
+    }
+
+    #[test]
+    fn a_file_appears_at_its_place_and_nothing_around_it_changes() {
+        let memory = allocate(1 << 20).unwrap();
+        let (file, bytes) = pattern(20_000);
+        // Alike in both (mapped with edges), not alike (copied), and within a page.
+        for (at, offset, len) in [(0x1_0123, 0x123, 15_000), (0x2_0000, 5, 9_000), (0x3_0010, 0x1010, 100)] {
+            place_file(&memory, at, &file, offset as u64, len as u64).unwrap();
+            assert_eq!(read(&memory, at, len), bytes[offset..offset + len]);
+            assert_eq!(read(&memory, at - 8, 8), [0; 8]);
+            assert_eq!(read(&memory, at + len as u64, 8), [0; 8]);
+        }
+    }
+
+    #[test]
+    fn writing_to_a_placed_file_leaves_the_file_alone() {
+        let memory = allocate(1 << 20).unwrap();
+        let (file, bytes) = pattern(8192);
+        place_file(&memory, 0x1000, &file, 0, 8192).unwrap();
+        memory.write_slice(&[0xaa; 4096], GuestAddress(0x1000)).unwrap();
+        let again = allocate(1 << 20).unwrap();
+        place_file(&again, 0, &file, 0, 8192).unwrap();
+        assert_eq!(read(&again, 0, 8192), bytes);
+    }
+
+    #[test]
+    fn a_file_that_is_too_short_or_has_no_room_is_refused() {
+        let memory = allocate(1 << 20).unwrap();
+        let (file, _) = pattern(8192);
+        assert!(matches!(place_file(&memory, 0, &file, 0, 12288), Err(MemoryError::ReadFile(_))));
+        assert!(matches!(place_file(&memory, 0xf_f000, &file, 0, 8192), Err(MemoryError::OutOfRange { .. })));
+        assert!(matches!(place_file(&memory, u64::MAX, &file, 0, 8192), Err(MemoryError::OutOfRange { .. })));
+    }
+
+    #[test]
+    fn only_touched_memory_is_resident() {
+        let memory = allocate(4 << 30).unwrap();
+        memory.write_obj(1u8, GuestAddress(5 << 12)).unwrap();
+        memory.write_obj(1u8, GuestAddress(4 << 30)).unwrap();
+        let resident = resident_bytes(&memory).unwrap();
+        assert!((8192..4 << 20).contains(&resident), "{resident}");
+    }
+}

@@ -1,0 +1,266 @@
+//! The host's side of a disk: a raw image or a block device, and the system calls on it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+
+use super::BlockError;
+use super::request::{Range, SECTOR_BYTES};
+
+// linux/fs.h
+const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+const BLKSSZGET: libc::c_ulong = 0x1268;
+const BLKPBSZGET: libc::c_ulong = 0x127b;
+const BLKDISCARD: libc::c_ulong = 0x1277;
+
+/// Written where the host has no faster way to zero.
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
+/// A disk image or block device, open.
+pub(super) struct Disk {
+    file: File,
+    is_device: bool,
+    capacity_sectors: u64,
+    logical_block: u32,
+    physical_block: u32,
+}
+
+impl Disk {
+    /// Takes over `file` and asks the host for its geometry.
+    pub(super) fn new(file: File, read_only: bool) -> Result<Self, BlockError> {
+        let metadata = file.metadata().map_err(|source| BlockError::Inspect { step: "stat", source })?;
+        // SAFETY: takes no pointer.
+        let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+        if flags < 0 {
+            return Err(BlockError::Inspect { step: "fcntl(F_GETFL)", source: io::Error::last_os_error() });
+        }
+        if flags & libc::O_PATH != 0
+            || flags & libc::O_ACCMODE == libc::O_WRONLY
+            || (!read_only && flags & libc::O_ACCMODE != libc::O_RDWR)
+        {
+            return Err(BlockError::Access);
+        }
+        let is_device = metadata.file_type().is_block_device();
+        if !is_device && !metadata.is_file() {
+            return Err(BlockError::NotADisk);
+        }
+        let (mut len, mut logical_block, mut physical_block) = (metadata.len(), 512_u32, 4096_u32);
+        if is_device {
+            // SAFETY: the kernel writes one integer of the type that each request is defined for.
+            unsafe {
+                ioctl_get(&file, BLKGETSIZE64, "ioctl(BLKGETSIZE64)", &mut len)?;
+                ioctl_get(&file, BLKSSZGET, "ioctl(BLKSSZGET)", &mut logical_block)?;
+                ioctl_get(&file, BLKPBSZGET, "ioctl(BLKPBSZGET)", &mut physical_block)?;
+            }
+        } else if flags & libc::O_DIRECT != 0 {
+            // Direct transfers must be aligned; what the file system reports as its block size always is.
+            logical_block = u32::try_from(metadata.blksize()).unwrap_or(4096).clamp(512, 4096);
+        }
+        let valid = |size: u32| size.is_power_of_two() && (512..=1 << 20).contains(&size);
+        if !valid(logical_block) || !valid(physical_block) {
+            return Err(BlockError::NotADisk);
+        }
+        let capacity_sectors = len / u64::from(logical_block) * (u64::from(logical_block) / SECTOR_BYTES);
+        let physical_block = physical_block.max(logical_block);
+        Ok(Self { file, is_device, capacity_sectors, logical_block, physical_block })
+    }
+
+    pub(super) fn capacity_sectors(&self) -> u64 {
+        self.capacity_sectors
+    }
+
+    pub(super) fn logical_block(&self) -> u32 {
+        self.logical_block
+    }
+
+    pub(super) fn physical_block(&self) -> u32 {
+        self.physical_block
+    }
+
+    pub(super) fn fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    /// Fills all of `iovecs` from `offset` on; a file that ends before is an error.
+    ///
+    /// # Safety
+    ///
+    /// The memory must be mapped and open to be written by others at any time.
+    pub(super) unsafe fn read(&self, mut iovecs: &mut [libc::iovec], mut offset: u64) -> io::Result<()> {
+        while !iovecs.is_empty() {
+            // SAFETY: the caller vouches for the memory; the count is at most `MAX_SEGMENTS`.
+            let done =
+                unsafe { libc::preadv(self.fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int, offset as libc::off_t) };
+            iovecs = step(iovecs, &mut offset, done as i64)?;
+        }
+        Ok(())
+    }
+
+    /// Writes all of `iovecs` from `offset` on, to stable storage if `durable`.
+    ///
+    /// # Safety
+    ///
+    /// The memory must be mapped.
+    pub(super) unsafe fn write(
+        &self,
+        mut iovecs: &mut [libc::iovec],
+        mut offset: u64,
+        durable: bool,
+    ) -> io::Result<()> {
+        let flags = if durable { libc::RWF_DSYNC } else { 0 };
+        while !iovecs.is_empty() {
+            let count = iovecs.len() as libc::c_int;
+            // SAFETY: the caller vouches for the memory; the count is at most `MAX_SEGMENTS`.
+            let done = unsafe { libc::pwritev2(self.fd(), iovecs.as_ptr(), count, offset as libc::off_t, flags) };
+            iovecs = step(iovecs, &mut offset, done as i64)?;
+        }
+        Ok(())
+    }
+
+    /// Makes stable what was written.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    /// Tells the host that `range` is not needed; what it reads as afterwards is open.
+    pub(super) fn discard(&self, range: Range) -> io::Result<()> {
+        if range.len == 0 {
+            return Ok(());
+        }
+        if self.is_device {
+            let bounds = [range.offset, range.len];
+            // SAFETY: the kernel reads two 64-bit integers.
+            return check(unsafe { libc::ioctl(self.fd(), BLKDISCARD, bounds.as_ptr()) });
+        }
+        self.fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, range)
+    }
+
+    /// Zeroes `range`, by the fastest way that the host has.
+    pub(super) fn write_zeroes(&self, range: Range) -> io::Result<()> {
+        if range.len == 0 {
+            return Ok(());
+        }
+        let mode = if range.unmap { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
+        match self.fallocate(mode | libc::FALLOC_FL_KEEP_SIZE, range) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)) => {
+                let (mut offset, end) = (range.offset, range.offset + range.len);
+                while offset < end {
+                    let len = usize::try_from(end - offset).map_or(ZEROES.len(), |left| left.min(ZEROES.len()));
+                    self.file.write_all_at(&ZEROES[..len], offset)?;
+                    offset += len as u64;
+                }
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    fn fallocate(&self, mode: libc::c_int, range: Range) -> io::Result<()> {
+        loop {
+            // SAFETY: takes no pointer.
+            let result =
+                unsafe { libc::fallocate(self.fd(), mode, range.offset as libc::off_t, range.len as libc::off_t) };
+            match check(result) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
+    }
+}
+
+/// What remains of a transfer after a system call that returned `done`.
+fn step<'a>(iovecs: &'a mut [libc::iovec], offset: &mut u64, done: i64) -> io::Result<&'a mut [libc::iovec]> {
+    match usize::try_from(done) {
+        Err(_) => match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::Interrupted => Ok(iovecs),
+            error => Err(error),
+        },
+        // The end of a file that became shorter, or a disk that takes no more.
+        Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Ok(done) => {
+            *offset += done as u64;
+            let skip = advance(iovecs, done);
+            Ok(&mut iovecs[skip..])
+        }
+    }
+}
+
+/// Takes `done` bytes off the front of `iovecs`; returns how many of them are used up.
+pub(super) fn advance(iovecs: &mut [libc::iovec], mut done: usize) -> usize {
+    for (i, iovec) in iovecs.iter_mut().enumerate() {
+        if done < iovec.iov_len {
+            iovec.iov_base = iovec.iov_base.wrapping_byte_add(done);
+            iovec.iov_len -= done;
+            return i;
+        }
+        done -= iovec.iov_len;
+    }
+    iovecs.len()
+}
+
+/// # Safety
+///
+/// `request` must be one for which the kernel writes a `T`.
+unsafe fn ioctl_get<T>(
+    file: &File,
+    request: libc::c_ulong,
+    step: &'static str,
+    value: &mut T,
+) -> Result<(), BlockError> {
+    // SAFETY: the caller vouches for the type that the kernel writes.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), request, value) })
+        .map_err(|source| BlockError::Inspect { step, source })
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn iovec(base: usize, len: usize) -> libc::iovec {
+        libc::iovec { iov_base: base as *mut libc::c_void, iov_len: len }
+    }
+
+    #[test]
+    fn a_partial_transfer_goes_on_where_it_ended() {
+        let mut iovecs = [iovec(0x1000, 10), iovec(0x2000, 10), iovec(0x3000, 10)];
+        assert_eq!(advance(&mut iovecs, 13), 1);
+        assert_eq!((iovecs[1].iov_base as usize, iovecs[1].iov_len), (0x2003, 7));
+        assert_eq!(advance(&mut iovecs[1..], 7), 1);
+        assert_eq!(advance(&mut iovecs[2..], 10), 1);
+    }
+
+    #[test]
+    fn the_capacity_is_whole_sectors() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1000).unwrap();
+        assert_eq!(Disk::new(file, false).unwrap().capacity_sectors(), 1);
+    }
+
+    #[test]
+    fn what_is_not_a_disk_or_not_writable_is_refused() {
+        let directory = File::open("/").unwrap();
+        assert!(matches!(Disk::new(directory, true), Err(BlockError::NotADisk)));
+        let image = tempfile::NamedTempFile::new().unwrap();
+        assert!(matches!(Disk::new(File::open(image.path()).unwrap(), false), Err(BlockError::Access)));
+        assert!(Disk::new(File::open(image.path()).unwrap(), true).is_ok());
+    }
+
+    #[test]
+    fn ranges_are_zeroed_and_discarded() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 8192], 0).unwrap();
+        let disk = Disk::new(file.try_clone().unwrap(), false).unwrap();
+        disk.write_zeroes(Range { offset: 512, len: 512, unmap: false }).unwrap();
+        disk.write_zeroes(Range { offset: 4096, len: 4096, unmap: true }).unwrap();
+        disk.discard(Range { offset: 0, len: 0, unmap: false }).unwrap();
+        let mut data = [0; 8192];
+        file.read_exact_at(&mut data, 0).unwrap();
+        assert_eq!((data[511], data[512], data[1023], data[1024], data[4096]), (7, 0, 0, 7, 0));
+        assert_eq!(file.metadata().unwrap().len(), 8192);
+    }
+}

@@ -1,0 +1,255 @@
+//! The block device (virtio 1.3, section 5.2): a raw image or a block device of the host as the guest's disk.
+//!
+//! [`request`] says what a request means, `disk` does it on the host, and `worker` moves requests from the queue to one
+//! of two engines: `uring`, or `threaded` where the host forbids io_uring. The device's thread lives from `activate` or
+//! `resume` to `deactivate` or `pause`; it hands its queue back when it ends, so a paused device has no thread and
+//! nothing in flight.
+
+mod disk;
+mod request;
+mod threaded;
+mod uring;
+mod worker;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use self::disk::Disk;
+use self::request::{ID_BYTES, Limits, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS};
+use self::worker::{Running, Shared, Worker};
+use super::device::{
+    ActivateError, Activation, DeviceKind, DeviceState, RestoreError, VirtioDevice, read_config_bytes,
+};
+
+// Feature bits (section 5.2.3).
+const VIRTIO_BLK_F_SIZE_MAX: u64 = 1 << 1;
+const VIRTIO_BLK_F_SEG_MAX: u64 = 1 << 2;
+const VIRTIO_BLK_F_RO: u64 = 1 << 5;
+const VIRTIO_BLK_F_BLK_SIZE: u64 = 1 << 6;
+const VIRTIO_BLK_F_FLUSH: u64 = 1 << 9;
+const VIRTIO_BLK_F_TOPOLOGY: u64 = 1 << 10;
+const VIRTIO_BLK_F_CONFIG_WCE: u64 = 1 << 11;
+const VIRTIO_BLK_F_DISCARD: u64 = 1 << 13;
+const VIRTIO_BLK_F_WRITE_ZEROES: u64 = 1 << 14;
+
+/// Entries of the queue, each good for one request since drivers use indirect descriptors.
+const QUEUE_SIZE: u16 = 256;
+/// Most data segments of a request: the queue's size less header and status, so that it fits without indirection too.
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Longest segment: far above what guests use, and a bound on one request.
+const SIZE_MAX: u32 = 4 << 20;
+
+/// Length of the configuration space, and where the driver writes the cache mode (section 5.2.4).
+const CONFIG_BYTES: usize = 60;
+const CONFIG_WRITEBACK: usize = 32;
+
+const STATE_VERSION: u8 = 1;
+
+/// Why a disk cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// The host does not tell what the file is.
+    #[error("{step} on the disk failed: {source}")]
+    Inspect {
+        /// The call.
+        step: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// Neither a file nor a block device.
+    #[error("a disk must be a regular file or a block device")]
+    NotADisk,
+    /// Opened in a mode that does not suit.
+    #[error("the disk is not open for reading and writing: open it so, or make it read-only")]
+    Access,
+    /// The serial number does not fit.
+    #[error("a disk's serial number has at most {ID_BYTES} bytes; shorten it")]
+    SerialTooLong,
+    /// The process may open no more descriptors.
+    #[error("no eventfd for the disk: {0}; raise the limit of open files")]
+    EventFd(io::Error),
+}
+
+/// A virtio disk.
+pub struct Block {
+    name: String,
+    shared: Arc<Shared>,
+    run: Run,
+}
+
+enum Run {
+    Inactive,
+    Active(Running),
+    Paused(Box<Worker>),
+}
+
+impl Block {
+    /// A disk backed by `file`, which is open for reading and, unless `read_only`, writing.
+    ///
+    /// # Errors
+    ///
+    /// When `file` is no disk or not open in the right mode, or `serial` is too long.
+    pub fn new(id: &str, file: File, read_only: bool, serial: Option<&str>) -> Result<Self, BlockError> {
+        Self::with_engine(id, file, read_only, serial, true)
+    }
+
+    fn with_engine(
+        id: &str,
+        file: File,
+        read_only: bool,
+        serial: Option<&str>,
+        try_uring: bool,
+    ) -> Result<Self, BlockError> {
+        let disk = Disk::new(file, read_only)?;
+        let mut padded = [0; ID_BYTES];
+        let serial = serial.unwrap_or_default().as_bytes();
+        padded.get_mut(..serial.len()).ok_or(BlockError::SerialTooLong)?.copy_from_slice(serial);
+        let limits = Limits { capacity_sectors: disk.capacity_sectors(), read_only };
+        let shared = Arc::new(Shared {
+            disk,
+            limits,
+            serial: padded,
+            write_through: AtomicBool::new(false),
+            completed: AtomicU64::new(0),
+            try_uring,
+            stop: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(BlockError::EventFd)?,
+        });
+        Ok(Self { name: format!("blk-{id}"), shared, run: Run::Inactive })
+    }
+
+    fn start(&mut self, worker: Worker) -> io::Result<()> {
+        self.run = Run::Active(worker.start(&self.name)?);
+        Ok(())
+    }
+
+    /// The configuration space (section 5.2.4).
+    fn config(&self) -> [u8; CONFIG_BYTES] {
+        let disk = &self.shared.disk;
+        let (logical, physical) = (disk.logical_block(), disk.physical_block());
+        let mut space = [0; CONFIG_BYTES];
+        let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &disk.capacity_sectors().to_le_bytes());
+        put(8, &SIZE_MAX.to_le_bytes());
+        put(12, &SEG_MAX.to_le_bytes());
+        put(20, &logical.to_le_bytes());
+        // Topology: logical blocks per physical one as a power of two, no offset, physical blocks at least.
+        put(24, &[physical.ilog2().saturating_sub(logical.ilog2()) as u8, 0]);
+        put(26, &u16::try_from(physical / logical).unwrap_or(1).to_le_bytes());
+        put(CONFIG_WRITEBACK, &[u8::from(!self.shared.write_through.load(Ordering::Relaxed))]);
+        put(34, &1_u16.to_le_bytes());
+        put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
+        put(40, &MAX_RANGES.to_le_bytes());
+        put(44, &(physical / 512).to_le_bytes());
+        put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
+        put(52, &MAX_RANGES.to_le_bytes());
+        put(56, &[1]);
+        space
+    }
+}
+
+impl VirtioDevice for Block {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Block
+    }
+
+    fn features(&self) -> u64 {
+        let always = VIRTIO_BLK_F_SIZE_MAX
+            | VIRTIO_BLK_F_SEG_MAX
+            | VIRTIO_BLK_F_BLK_SIZE
+            | VIRTIO_BLK_F_FLUSH
+            | VIRTIO_BLK_F_TOPOLOGY
+            | VIRTIO_BLK_F_CONFIG_WCE;
+        let writable = VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES;
+        always | if self.shared.limits.read_only { VIRTIO_BLK_F_RO } else { writable }
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&self.config(), offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if let (Ok(CONFIG_WRITEBACK), [mode]) = (usize::try_from(offset), data) {
+            self.shared.write_through.store(*mode == 0, Ordering::Relaxed);
+        }
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let queue = activation.take_queue(0)?;
+        // Section 5.2.6.2: a driver that cannot flush and cannot set the mode must not have to.
+        if activation.features & (VIRTIO_BLK_F_FLUSH | VIRTIO_BLK_F_CONFIG_WCE) == 0 {
+            self.shared.write_through.store(true, Ordering::Relaxed);
+        }
+        self.start(Worker { queue, shared: self.shared.clone() })
+            .map_err(|source| ActivateError::Host { step: "starting the disk's thread", source })
+    }
+
+    fn deactivate(&mut self) {
+        if let Run::Active(running) = std::mem::replace(&mut self.run, Run::Inactive) {
+            running.stop();
+        }
+        self.shared.write_through.store(false, Ordering::Relaxed);
+    }
+
+    fn pause(&mut self) {
+        match std::mem::replace(&mut self.run, Run::Inactive) {
+            Run::Active(running) => {
+                if let Some(worker) = running.stop() {
+                    self.run = Run::Paused(Box::new(worker));
+                }
+            }
+            other => self.run = other,
+        }
+    }
+
+    fn resume(&mut self) {
+        match std::mem::replace(&mut self.run, Run::Inactive) {
+            Run::Paused(worker) => {
+                // Fails only where the host has no thread left; the guest then sees a disk that no longer answers.
+                if let Err(error) = self.start(*worker) {
+                    crate::log::warn(format_args!("{}: no thread to resume with: {error}", self.name));
+                }
+            }
+            other => self.run = other,
+        }
+    }
+
+    fn save(&self) -> DeviceState {
+        let queues = match &self.run {
+            Run::Paused(worker) => vec![Some(worker.queue.state())],
+            _ => vec![None],
+        };
+        let write_through = self.shared.write_through.load(Ordering::Relaxed);
+        DeviceState { queues, private: vec![STATE_VERSION, u8::from(write_through)] }
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        match state.private[..] {
+            [STATE_VERSION, write_through @ (0 | 1)] => {
+                self.shared.write_through.store(write_through == 1, Ordering::Relaxed);
+                Ok(())
+            }
+            _ => Err(RestoreError::Damaged(DeviceKind::Block)),
+        }
+    }
+
+    fn completed(&self) -> u64 {
+        self.shared.completed.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.deactivate();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,294 @@
+//! A disk as its driver sees it, on each engine.
+
+use std::io::Write as _;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::super::device::GuestMemory;
+use super::super::testing::{DriverQueue, FakeInterrupt, activation, memory};
+use super::request::Status;
+use super::*;
+
+const HEADER: u64 = 0x2_0000;
+const DATA: u64 = 0x4_0000;
+const STATUS: u64 = 0x3_0000;
+const SIZE: u64 = 1 << 20;
+
+struct Bench {
+    memory: GuestMemory,
+    driver: DriverQueue,
+    interrupt: Arc<FakeInterrupt>,
+    block: Block,
+    image: File,
+}
+
+fn bench(try_uring: bool, read_only: bool, features: u64) -> Bench {
+    let image = tempfile::tempfile().unwrap();
+    image.set_len(SIZE).unwrap();
+    image.write_all_at(&[0x11; 4096], 0).unwrap();
+    let memory = memory(0x40_0000);
+    let driver = DriverQueue::new(&memory, 0, QUEUE_SIZE);
+    let interrupt = Arc::new(FakeInterrupt::default());
+    let mut block =
+        Block::with_engine("t", image.try_clone().unwrap(), read_only, Some("serial-7"), try_uring).unwrap();
+    block.activate(activation(&memory, features, &interrupt, &[&driver])).unwrap();
+    Bench { memory, driver, interrupt, block, image }
+}
+
+/// Runs a test on both engines.
+fn on_each_engine(test: impl Fn(Bench)) {
+    for try_uring in [false, true] {
+        test(bench(try_uring, false, VIRTIO_BLK_F_FLUSH));
+    }
+    if uring::forbidden() {
+        eprintln!("io_uring is not allowed here: only the threaded engine was tested");
+    }
+}
+
+impl Bench {
+    fn header(&self, kind: u32, sector: u64) {
+        self.memory.write_obj(kind, GuestAddress(HEADER)).unwrap();
+        self.memory.write_obj(sector, GuestAddress(HEADER + 8)).unwrap();
+    }
+
+    fn used(&mut self) -> (u16, u32) {
+        self.driver.kick.write(1).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(used) = self.driver.take_used() {
+                return used;
+            }
+            assert!(Instant::now() < deadline, "the device did not answer");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+
+    /// Sends header and `segments`, then a status byte; returns it and the used length.
+    fn request(&mut self, kind: u32, sector: u64, segments: &[(u64, u32, bool)]) -> (u8, u32) {
+        self.header(kind, sector);
+        self.memory.write_obj(0xff_u8, GuestAddress(STATUS)).unwrap();
+        let mut chain = vec![(HEADER, 16, false)];
+        chain.extend(segments);
+        chain.push((STATUS, 1, true));
+        self.driver.add(&chain);
+        let (_, len) = self.used();
+        (self.memory.read_obj(GuestAddress(STATUS)).unwrap(), len)
+    }
+
+    fn fill(&self, at: u64, len: usize, value: u8) {
+        self.memory.write_slice(&vec![value; len], GuestAddress(at)).unwrap();
+    }
+
+    fn guest(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut data = vec![0; len];
+        self.memory.read_slice(&mut data, GuestAddress(at)).unwrap();
+        data
+    }
+
+    fn host(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut data = vec![0; len];
+        self.image.read_exact_at(&mut data, at).unwrap();
+        data
+    }
+}
+
+const OK: u8 = Status::Ok as u8;
+const IOERR: u8 = Status::IoError as u8;
+const UNSUPP: u8 = Status::Unsupported as u8;
+
+#[test]
+fn what_is_written_is_read_back() {
+    on_each_engine(|mut b| {
+        b.fill(DATA, 3000, 0xaa);
+        b.fill(DATA + 0x1_0000, 2120, 0xbb);
+        let write = [(DATA, 3000, false), (DATA + 0x1_0000, 2120, false)];
+        assert_eq!(b.request(1, 8, &write), (OK, 1));
+        assert_eq!(b.request(4, 0, &[]), (OK, 1));
+        assert_eq!(b.host(4096, 3000), [0xaa; 3000]);
+        assert_eq!(b.host(7096, 2120), [0xbb; 2120]);
+        assert_eq!(b.host(0, 4096), [0x11; 4096]);
+        assert_eq!(b.request(0, 8, &[(DATA, 1, true), (DATA + 0x2_0000, 5119, true)]), (OK, 5121));
+        assert_eq!(b.guest(DATA + 0x2_0000, 2999), [0xaa; 2999]);
+        assert_eq!(b.guest(DATA + 0x2_0000 + 2999, 2120), [0xbb; 2120]);
+        assert_eq!(b.block.completed(), 3);
+        assert_eq!(b.request(0, 2048, &[]), (OK, 1), "a transfer of nothing");
+        assert!(!b.interrupt.queues.lock().unwrap().is_empty());
+        assert!(b.interrupt.resets.lock().unwrap().is_empty());
+    });
+}
+
+#[test]
+fn many_requests_at_once_are_all_answered() {
+    on_each_engine(|mut b| {
+        let count = 60_u64;
+        b.fill(STATUS, 64, 0xff);
+        b.fill(DATA, 60 * 512, 0);
+        b.header(0, 0);
+        for i in 0..count {
+            b.driver.add(&[(HEADER, 16, false), (DATA + i * 512, 512, true), (STATUS + i, 1, true)]);
+        }
+        let mut heads: Vec<_> = (0..count).map(|_| b.used().0).collect();
+        heads.sort_unstable();
+        heads.dedup();
+        assert_eq!(heads.len(), 60);
+        assert_eq!(b.guest(STATUS, 60), [OK; 60]);
+        assert_eq!(b.guest(DATA, 60 * 512), vec![0x11; 60 * 512]);
+    });
+}
+
+#[test]
+fn the_serial_number_is_padded() {
+    on_each_engine(|mut b| {
+        assert_eq!(b.request(8, 0, &[(DATA, 20, true)]), (OK, 21));
+        assert_eq!(b.guest(DATA, 20), *b"serial-7\0\0\0\0\0\0\0\0\0\0\0\0");
+        assert_eq!(b.request(8, 0, &[(DATA, 4, true)]), (OK, 5));
+    });
+}
+
+#[test]
+fn ranges_are_discarded_and_zeroed() {
+    on_each_engine(|mut b| {
+        for (i, value) in [(0, 1_u64), (8, 2), (16, 4), (24, 1 << 32 | 1)] {
+            b.memory.write_obj(value, GuestAddress(DATA + i)).unwrap();
+        }
+        // Sectors 1 and 2, then sector 4 with unmap.
+        assert_eq!(b.request(13, 0, &[(DATA, 32, false)]), (OK, 1));
+        let mut expected = vec![0x11; 4096];
+        expected[512..1536].fill(0);
+        expected[2048..2560].fill(0);
+        assert_eq!(b.host(0, 4096), expected);
+        assert_eq!(b.request(11, 0, &[(DATA, 16, false)]), (OK, 1));
+        assert_eq!(b.request(11, 0, &[(DATA, 32, false)]), (UNSUPP, 1), "a discard has no unmap flag");
+        assert_eq!(b.request(11, 0, &[(DATA, 17, false)]), (IOERR, 1));
+    });
+}
+
+#[test]
+fn broken_requests_are_answered_and_wedge_nothing() {
+    on_each_engine(|mut b| {
+        assert_eq!(b.request(0, 2048, &[(DATA, 512, true)]).0, IOERR);
+        assert_eq!(b.request(0, u64::MAX, &[(DATA, 512, true)]).0, IOERR);
+        assert_eq!(b.request(1, 2047, &[(DATA, 1024, false)]).0, IOERR);
+        assert_eq!(b.request(0, 0, &[(DATA, 100, true)]).0, IOERR);
+        assert_eq!(b.request(0, 0, &[(DATA, 512, false)]).0, OK, "a read with nowhere to read to");
+        assert_eq!(b.request(77, 0, &[]).0, UNSUPP);
+        // No status; a status with no header; nothing to write at all.
+        for chain in [vec![(HEADER, 16, false)], vec![(STATUS, 1, true)], vec![(HEADER, 3, false), (STATUS, 1, true)]] {
+            b.driver.add(&chain);
+            b.used();
+        }
+        // A length that wraps round the whole of memory, many times over.
+        let vast: Vec<_> = std::iter::repeat_n((0, 0x40_0000, true), 200).collect();
+        assert_eq!(b.request(0, 0, &vast).0, IOERR);
+        assert_eq!(b.request(0, 0, &[(DATA, 512, true)]), (OK, 513));
+    });
+}
+
+#[test]
+fn a_chain_outside_memory_stops_the_queue_only() {
+    on_each_engine(|mut b| {
+        b.header(0, 0);
+        b.driver.add(&[(HEADER, 16, false), (0x100_0000, 512, true), (STATUS, 1, true)]);
+        b.driver.kick.write(1).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while b.interrupt.resets.lock().unwrap().is_empty() {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        b.block.deactivate();
+    });
+}
+
+#[test]
+fn a_file_that_shrinks_gives_errors() {
+    on_each_engine(|mut b| {
+        b.image.set_len(8192 + 100).unwrap();
+        assert_eq!(b.request(0, 1000, &[(DATA, 512, true)]), (IOERR, 1));
+        assert_eq!(b.request(0, 15, &[(DATA, 1024, true)]), (IOERR, 1));
+        assert_eq!(b.request(0, 15, &[(DATA, 512, true)]), (OK, 513));
+    });
+}
+
+#[test]
+fn a_disk_that_is_full_gives_errors() {
+    let Ok(full) = File::options().read(true).write(true).open("/dev/full") else { return };
+    // `/dev/full` is no disk, but its error is that of one.
+    let mut full = full;
+    let error = full.write_all(b"x").unwrap_err();
+    assert_eq!(worker::status_of(Err(error)), Status::IoError);
+}
+
+#[test]
+fn a_read_only_disk_is_never_written() {
+    for try_uring in [false, true] {
+        let mut b = bench(try_uring, true, VIRTIO_BLK_F_RO);
+        assert_eq!(b.block.features() & (VIRTIO_BLK_F_RO | VIRTIO_BLK_F_DISCARD), VIRTIO_BLK_F_RO);
+        b.fill(DATA, 512, 0);
+        b.memory.write_obj(1_u32, GuestAddress(DATA + 8)).unwrap();
+        assert_eq!(b.request(1, 0, &[(DATA, 512, false)]).0, IOERR);
+        assert_eq!(b.request(11, 0, &[(DATA, 16, false)]).0, IOERR);
+        assert_eq!(b.request(13, 0, &[(DATA, 16, false)]).0, IOERR);
+        assert_eq!(b.request(4, 0, &[]).0, OK);
+        assert_eq!(b.host(0, 512), [0x11; 512]);
+    }
+}
+
+#[test]
+fn a_paused_disk_leaves_the_queue_alone_and_goes_on() {
+    on_each_engine(|mut b| {
+        assert_eq!(b.request(0, 0, &[(DATA, 512, true)]).0, OK);
+        b.block.pause();
+        b.header(0, 0);
+        b.driver.add(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
+        b.driver.kick.write(1).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(b.driver.take_used(), None);
+        let state = b.block.save();
+        assert_eq!(state.queues[0].as_ref().map(|queue| queue.next_avail), Some(1));
+        b.block.resume();
+        b.used();
+        let mut copy = Block::new("copy", b.image.try_clone().unwrap(), false, None).unwrap();
+        copy.restore(&state).unwrap();
+        assert!(copy.restore(&DeviceState { queues: vec![], private: vec![9] }).is_err());
+    });
+}
+
+#[test]
+fn the_cache_mode_follows_the_driver() {
+    for try_uring in [false, true] {
+        let mut b = bench(try_uring, false, VIRTIO_BLK_F_CONFIG_WCE | VIRTIO_BLK_F_FLUSH);
+        let mode = |block: &Block| {
+            let mut mode = [9];
+            block.read_config(32, &mut mode);
+            mode[0]
+        };
+        assert_eq!(mode(&b.block), 1);
+        b.block.write_config(32, &[0]);
+        b.block.write_config(0, &[0]);
+        assert_eq!(mode(&b.block), 0);
+        b.fill(DATA, 512, 0xcc);
+        assert_eq!(b.request(1, 3, &[(DATA, 512, false)]).0, OK);
+        assert_eq!(b.host(3 * 512, 512), [0xcc; 512]);
+        b.block.deactivate();
+        assert_eq!(mode(&b.block), 1);
+        let without_flush = bench(try_uring, false, 0);
+        assert_eq!(mode(&without_flush.block), 0);
+    }
+}
+
+#[test]
+fn the_configuration_tells_the_geometry() {
+    let b = bench(false, false, 0);
+    let mut space = [0xff; 64];
+    b.block.read_config(0, &mut space);
+    assert_eq!(space[..8], 2048_u64.to_le_bytes());
+    assert_eq!(space[12..16], 254_u32.to_le_bytes());
+    assert_eq!(space[20..24], 512_u32.to_le_bytes());
+    assert_eq!((space[24], space[34], space[56], space[60]), (3, 1, 1, 0));
+    assert!(matches!(
+        Block::new("t", tempfile::tempfile().unwrap(), false, Some("123456789012345678901")),
+        Err(BlockError::SerialTooLong)
+    ));
+}

@@ -1,0 +1,127 @@
+//! The thread that serves a disk's queue: what both of its engines share, and its start and stop.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::super::queue::{Chain, VirtQueue};
+use super::disk::Disk;
+use super::request::{ID_BYTES, Limits, Request, Status};
+use super::{threaded, uring};
+
+/// Room for the calls below plus what signal handlers take.
+const STACK_BYTES: usize = 128 << 10;
+
+/// What the device and its worker both see.
+pub(super) struct Shared {
+    pub(super) disk: Disk,
+    pub(super) limits: Limits,
+    pub(super) serial: [u8; ID_BYTES],
+    /// Whether a write is complete only once it is on stable storage.
+    pub(super) write_through: AtomicBool,
+    pub(super) completed: AtomicU64,
+    /// Whether to use io_uring where the host lets it.
+    pub(super) try_uring: bool,
+    /// Readable when the worker is to end.
+    pub(super) stop: EventFd,
+}
+
+/// The owner of an active queue.
+pub(super) struct Worker {
+    pub(super) queue: VirtQueue,
+    pub(super) shared: Arc<Shared>,
+}
+
+/// A worker at work.
+pub(super) struct Running {
+    thread: JoinHandle<Worker>,
+    shared: Arc<Shared>,
+}
+
+impl Worker {
+    /// Starts to serve.
+    pub(super) fn start(self, name: &str) -> io::Result<Running> {
+        let shared = self.shared.clone();
+        let thread = std::thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES).spawn(|| self.run())?;
+        Ok(Running { thread, shared })
+    }
+
+    fn run(mut self) -> Self {
+        let engine = if self.shared.try_uring { uring::Engine::new(&self.shared.disk) } else { None };
+        match engine {
+            Some(engine) => engine.run(&mut self),
+            None => threaded::run(&mut self),
+        }
+        self
+    }
+
+    /// The next request that is not answered already.
+    pub(super) fn next(&mut self) -> Option<(Chain, Request)> {
+        loop {
+            let chain = self.queue.pop()?;
+            if chain.writable_len() == 0 {
+                // Nowhere to put a status: all that can be done is to give the buffer back.
+                self.queue.push(chain.head(), 0);
+                continue;
+            }
+            match Request::parse(&chain, &self.shared.limits) {
+                Ok(request) => return Some((chain, request)),
+                Err(status) => self.finish(&chain, 0, status),
+            }
+        }
+    }
+
+    /// Does what needs no engine: short, or rare.
+    pub(super) fn perform(&mut self, chain: &Chain, request: &Request) {
+        let disk = &self.shared.disk;
+        let (written, result) = match request {
+            Request::GetId => {
+                let room = (chain.writable_len() - 1).min(ID_BYTES);
+                (chain.write_at(0, &self.shared.serial[..room]), Ok(()))
+            }
+            Request::Discard(ranges) => (0, ranges.iter().try_for_each(|range| disk.discard(*range))),
+            Request::WriteZeroes(ranges) => (0, ranges.iter().try_for_each(|range| disk.write_zeroes(*range))),
+            Request::Flush => (0, disk.flush()),
+            // The engines leave only empty transfers to this.
+            Request::Read { .. } | Request::Write { .. } => (0, Ok(())),
+        };
+        let durable = match (&result, request) {
+            (Ok(()), Request::WriteZeroes(_)) if self.write_through() => disk.flush(),
+            _ => Ok(()),
+        };
+        self.finish(chain, written, status_of(result.and(durable)));
+    }
+
+    pub(super) fn write_through(&self) -> bool {
+        self.shared.write_through.load(Ordering::Relaxed)
+    }
+
+    /// Answers a request that put `written` bytes of data before the status.
+    pub(super) fn finish(&mut self, chain: &Chain, written: usize, status: Status) {
+        chain.write_at(chain.writable_len() - 1, &[status as u8]);
+        self.queue.push(chain.head(), u32::try_from(written + 1).unwrap_or(u32::MAX));
+        self.shared.completed.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Running {
+    /// Ends the thread once nothing is in flight; `None` if it died.
+    pub(super) fn stop(self) -> Option<Worker> {
+        let _ = self.shared.stop.write(1);
+        let worker = self.thread.join().ok();
+        let _ = self.shared.stop.read();
+        worker
+    }
+}
+
+/// The status for what the host said.
+pub(super) fn status_of(result: io::Result<()>) -> Status {
+    match result {
+        Ok(()) => Status::Ok,
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Status::Unsupported,
+        Err(_) => Status::IoError,
+    }
+}

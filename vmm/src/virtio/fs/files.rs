@@ -1,0 +1,293 @@
+//! Files once found: opened, read, written, described.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+use fuse_backend_rs::abi::fuse_abi::WRITE_KILL_PRIV;
+use fuse_backend_rs::api::filesystem::{
+    Context, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid, ZeroCopyReader, ZeroCopyWriter,
+};
+
+use super::handles::Handle;
+use super::inodes::Slot;
+use super::state::{State, errno};
+
+/// What of a guest's `open` flags reaches the host. Not `O_DIRECT`, for which guest memory is not aligned: such a file
+/// bypasses the guest's cache, not the host's. Not `O_NONBLOCK`, `O_NOFOLLOW` and the like, which the guest's kernel has acted on.
+pub(super) const PASSED_FLAGS: i32 = libc::O_ACCMODE | libc::O_APPEND | libc::O_TRUNC | libc::O_SYNC | libc::O_DSYNC;
+
+/// Most bytes that one request copies from file to file; a guest goes on where it ended.
+const MAX_COPY: usize = 32 << 20;
+
+/// The answer to an `open`: the handle and what the guest may cache.
+pub(super) type Opened = (u64, OpenOptions);
+
+/// Where and how much to copy.
+pub(super) struct CopyRange {
+    pub(super) from: (u64, u64, u64),
+    pub(super) to: (u64, u64, u64),
+    pub(super) len: u64,
+    pub(super) flags: u64,
+}
+
+impl State {
+    pub(super) fn open(&mut self, node: u64, flags: u32, kill_set_id: bool) -> io::Result<Opened> {
+        let slot = self.inodes.resolve(node)?;
+        self.open_node(slot, flags as i32, kill_set_id)
+    }
+
+    pub(super) fn open_node(&mut self, slot: Slot, flags: i32, kill_set_id: bool) -> io::Result<Opened> {
+        // Whatever else it is, opening it could block, or act on a device of the host.
+        if self.inodes.node(slot)?.file_type() != libc::S_IFREG {
+            return Err(errno(libc::ENXIO));
+        }
+        if self.read_only && flags & (libc::O_ACCMODE | libc::O_TRUNC) != libc::O_RDONLY {
+            return Err(errno(libc::EROFS));
+        }
+        self.keep_set_id(!kill_set_id);
+        let fd = self.inodes.anchor(slot)?;
+        let file = match self.host.reopen(fd, flags & PASSED_FLAGS) {
+            Err(error) if error.raw_os_error() == Some(libc::EROFS) => {
+                // The same file may be on two mounts, and the newer name on one that can be written.
+                let place = self.inodes.node(slot)?.place().map(|(parent, name)| (parent, name.to_owned()));
+                let (parent, name) = place.ok_or(error)?;
+                let directory = self.inodes.anchor(parent)?;
+                let other = self.host.open_path(directory, &name)?;
+                let stat = self.host.stat(other.as_raw_fd())?;
+                if self.inodes.find(&stat) != Some(slot) {
+                    return Err(errno(libc::ESTALE));
+                }
+                self.host.reopen(other.as_raw_fd(), flags & PASSED_FLAGS)
+            }
+            result => result,
+        }?;
+        self.add_handle(Handle { file, node: slot, flags, position: 0 })
+    }
+
+    pub(super) fn add_handle(&mut self, handle: Handle) -> io::Result<Opened> {
+        let slot = handle.node;
+        let number = self.handles.add(handle)?;
+        self.inodes.hold(slot);
+        Ok((number, self.policy.file))
+    }
+
+    pub(super) fn close(&mut self, node: u64, handle: u64) -> io::Result<()> {
+        let slot = self.inodes.resolve(node)?;
+        self.handles.remove(handle, slot)?;
+        self.inodes.release(slot);
+        Ok(())
+    }
+
+    pub(super) fn handle(&mut self, node: u64, handle: u64) -> io::Result<&mut Handle> {
+        let slot = self.inodes.resolve(node)?;
+        self.handles.get(handle, slot)
+    }
+
+    pub(super) fn read(
+        &mut self,
+        node: u64,
+        handle: u64,
+        to: &mut dyn ZeroCopyWriter,
+        len: u32,
+        offset: u64,
+    ) -> io::Result<usize> {
+        let len = (len as usize).min(to.available_bytes());
+        to.write_from(&mut self.handle(node, handle)?.file, len, offset)
+    }
+
+    pub(super) fn write(
+        &mut self,
+        node: u64,
+        handle: u64,
+        from: &mut dyn ZeroCopyReader,
+        len: u32,
+        offset: u64,
+        flags: (u32, u32),
+    ) -> io::Result<usize> {
+        let (open_flags, write_flags) = flags;
+        self.keep_set_id(write_flags & WRITE_KILL_PRIV == 0);
+        let host = self.host;
+        let handle = self.handle(node, handle)?;
+        let append = open_flags as i32 & libc::O_APPEND;
+        if handle.flags & libc::O_APPEND != append {
+            host.set_append(&handle.file, append != 0)?;
+            handle.flags = handle.flags & !libc::O_APPEND | append;
+        }
+        from.read_to(&mut handle.file, len as usize, offset)
+    }
+
+    pub(super) fn sync(&mut self, node: u64, handle: u64, data_only: bool) -> io::Result<()> {
+        let file = &self.handle(node, handle)?.file;
+        if data_only { file.sync_data() } else { file.sync_all() }
+    }
+
+    /// Syncs the file systems of the root and of all files open for writing.
+    pub(super) fn sync_all(&mut self) -> io::Result<()> {
+        let root = self.inodes.anchor(super::inodes::ROOT)?;
+        self.host.sync_file_system(&self.host.reopen(root, libc::O_RDONLY | libc::O_DIRECTORY)?)?;
+        let mut synced = vec![self.host.stat(root)?.attr.st_dev];
+        for (_, handle) in self.handles.iter().filter(|(_, handle)| handle.flags & libc::O_ACCMODE != 0) {
+            let device = self.host.stat(handle.file.as_raw_fd())?.attr.st_dev;
+            if !synced.contains(&device) {
+                self.host.sync_file_system(&handle.file)?;
+                synced.push(device);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn allocate(&mut self, node: u64, handle: u64, mode: u32, range: (u64, u64)) -> io::Result<()> {
+        let (offset, len) = (signed(range.0)?, signed(range.1)?);
+        let host = self.host;
+        host.allocate(&self.handle(node, handle)?.file, mode, offset, len)
+    }
+
+    pub(super) fn seek(&mut self, node: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64> {
+        let whence = whence as i32;
+        // All other seeking is the guest's own affair.
+        if !matches!(whence, libc::SEEK_DATA | libc::SEEK_HOLE) {
+            return Err(errno(libc::EINVAL));
+        }
+        let offset = signed(offset)?;
+        let host = self.host;
+        host.seek(&self.handle(node, handle)?.file, offset, whence)
+    }
+
+    pub(super) fn copy(&mut self, range: &CopyRange) -> io::Result<usize> {
+        if range.flags != 0 {
+            return Err(errno(libc::EINVAL));
+        }
+        let (from_offset, to_offset) = (signed(range.from.2)?, signed(range.to.2)?);
+        let len = usize::try_from(range.len).unwrap_or(usize::MAX).min(MAX_COPY);
+        self.keep_set_id(false);
+        let host = self.host;
+        let from = self.handle(range.from.0, range.from.1)?.file.try_clone()?;
+        let to = &self.handle(range.to.0, range.to.1)?.file;
+        host.copy_range((&from, from_offset), (to, to_offset), len)
+    }
+
+    pub(super) fn get_attributes(&mut self, node: u64, handle: Option<u64>) -> io::Result<libc::stat64> {
+        let slot = self.inodes.resolve(node)?;
+        let stat = match handle {
+            Some(handle) => self.host.stat(self.handles.get(handle, slot)?.file.as_raw_fd())?,
+            None => self.inodes.stat(slot)?,
+        };
+        Ok(self.attributes(&stat))
+    }
+
+    pub(super) fn set_attributes(
+        &mut self,
+        node: u64,
+        handle: Option<u64>,
+        attr: &libc::stat64,
+        valid: SetattrValid,
+    ) -> io::Result<libc::stat64> {
+        let slot = self.inodes.resolve(node)?;
+        let fd = match handle {
+            Some(handle) => self.handles.get(handle, slot)?.file.as_raw_fd(),
+            None => self.inodes.anchor(slot)?,
+        };
+        self.keep_set_id(true);
+        if valid.contains(SetattrValid::MODE) {
+            self.host.change_mode(fd, attr.st_mode & 0o7777)?;
+        }
+        let uid = if valid.contains(SetattrValid::UID) { attr.st_uid } else { u32::MAX };
+        let gid = if valid.contains(SetattrValid::GID) { attr.st_gid } else { u32::MAX };
+        if (uid, gid) != (u32::MAX, u32::MAX) {
+            self.host.change_owner(fd, uid, gid)?;
+        }
+        if valid.contains(SetattrValid::SIZE) {
+            self.keep_set_id(!valid.contains(SetattrValid::KILL_SUIDGID));
+            self.set_size(slot, fd, handle, attr.st_size)?;
+        }
+        if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
+            let time = |set, now, seconds, nanoseconds| {
+                let tv_nsec = match (valid.contains(set), valid.contains(now)) {
+                    (true, true) => libc::UTIME_NOW,
+                    (true, false) => nanoseconds,
+                    _ => libc::UTIME_OMIT,
+                };
+                libc::timespec { tv_sec: seconds, tv_nsec }
+            };
+            let times = [
+                time(SetattrValid::ATIME, SetattrValid::ATIME_NOW, attr.st_atime, attr.st_atime_nsec),
+                time(SetattrValid::MTIME, SetattrValid::MTIME_NOW, attr.st_mtime, attr.st_mtime_nsec),
+            ];
+            self.host.change_times(fd, &times)?;
+        }
+        let stat = self.host.stat(fd)?;
+        Ok(self.attributes(&stat))
+    }
+
+    fn set_size(&mut self, slot: Slot, fd: RawFd, handle: Option<u64>, size: i64) -> io::Result<()> {
+        let size = u64::try_from(size).map_err(|_| errno(libc::EFBIG))?;
+        if self.inodes.node(slot)?.file_type() != libc::S_IFREG {
+            return Err(errno(libc::EINVAL));
+        }
+        match handle {
+            Some(handle) => self.handles.get(handle, slot)?.file.set_len(size),
+            None => self.host.reopen(fd, libc::O_WRONLY)?.set_len(size),
+        }
+    }
+
+    pub(super) fn read_link(&mut self, node: u64) -> io::Result<Vec<u8>> {
+        let slot = self.inodes.resolve(node)?;
+        if self.inodes.node(slot)?.file_type() != libc::S_IFLNK {
+            return Err(errno(libc::EINVAL));
+        }
+        let fd = self.inodes.anchor(slot)?;
+        self.host.read_link(fd)
+    }
+
+    pub(super) fn stat_file_system(&mut self, node: u64) -> io::Result<libc::statvfs64> {
+        let slot = self.inodes.resolve(node)?;
+        let fd = self.inodes.anchor(slot)?;
+        self.host.stat_file_system(fd)
+    }
+
+    pub(super) fn get_xattr(&mut self, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
+        let slot = self.inodes.resolve(node)?;
+        let fd = self.inodes.anchor(slot)?;
+        let (value, len) = self.host.get_xattr(fd, name, size)?;
+        Ok(if size == 0 { GetxattrReply::Count(len as u32) } else { GetxattrReply::Value(value) })
+    }
+
+    pub(super) fn list_xattrs(&mut self, node: u64, size: u32) -> io::Result<ListxattrReply> {
+        let slot = self.inodes.resolve(node)?;
+        let fd = self.inodes.anchor(slot)?;
+        let (names, len) = self.host.list_xattrs(fd, size)?;
+        Ok(if size == 0 { ListxattrReply::Count(len as u32) } else { ListxattrReply::Names(names) })
+    }
+
+    /// Sets an extended attribute; with `kill_set_gid`, an access ACL also clears the set-group-ID bit, since the user who
+    /// sets it is not in the file's group.
+    pub(super) fn set_xattr(
+        &mut self,
+        context: &Context,
+        node: u64,
+        name: &CStr,
+        value: &[u8],
+        flags: (u32, bool),
+    ) -> io::Result<()> {
+        let slot = self.inodes.resolve(node)?;
+        let fd = self.inodes.anchor(slot)?;
+        let (flags, kill_set_gid) = flags;
+        if kill_set_gid {
+            self.create_as(context, 0)?;
+        }
+        self.keep_set_id(!kill_set_gid);
+        self.host.set_xattr(fd, name, value, flags)
+    }
+
+    pub(super) fn remove_xattr(&mut self, node: u64, name: &CStr) -> io::Result<()> {
+        let slot = self.inodes.resolve(node)?;
+        let fd = self.inodes.anchor(slot)?;
+        self.host.remove_xattr(fd, name)
+    }
+}
+
+/// An offset or length as the host takes it.
+fn signed(value: u64) -> io::Result<i64> {
+    i64::try_from(value).map_err(|_| errno(libc::EINVAL))
+}

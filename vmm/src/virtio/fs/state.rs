@@ -1,0 +1,156 @@
+//! All of a share that changes, behind one lock that only its thread takes while it serves.
+
+use std::collections::HashMap;
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use fuse_backend_rs::api::filesystem::{Context, Entry};
+
+use super::credentials::Credentials;
+use super::handles::Handles;
+use super::host::{Host, Stat};
+use super::inodes::{Inodes, Slot};
+use super::policy::Policy;
+use super::snapshot::SavedHandle;
+
+/// Bits of an inode number that a file system is left with; those above tell devices apart.
+const INODE_BITS: u32 = 48;
+
+/// A share's root and rules, its tables, and its thread's identity.
+pub(super) struct State {
+    pub(super) host: Host,
+    pub(super) policy: Policy,
+    pub(super) read_only: bool,
+    pub(super) inodes: Inodes,
+    pub(super) handles: Handles,
+    /// Features that `FUSE_INIT` agreed on.
+    pub(super) features: u64,
+    /// The devices met, each with a small number of its own; the root's is 0.
+    devices: HashMap<u64, u64>,
+    credentials: Option<Credentials>,
+    /// For reading directories; empty while there is no thread.
+    pub(super) buffer: Vec<u8>,
+    /// Nodes and handles were put back and are not looked up yet.
+    pub(super) restored: bool,
+    /// Handles to open again.
+    pub(super) saved_handles: Vec<SavedHandle>,
+}
+
+/// How much a share may hold.
+pub(super) struct Bounds {
+    /// Files that the guest knows.
+    pub(super) nodes: usize,
+    /// Files that the guest has open.
+    pub(super) handles: usize,
+}
+
+impl State {
+    pub(super) fn new(host: Host, root: OwnedFd, policy: Policy, read_only: bool, bounds: &Bounds) -> io::Result<Self> {
+        let stat = host.stat(root.as_raw_fd())?;
+        if stat.file_type() != libc::S_IFDIR {
+            return Err(io::ErrorKind::NotADirectory.into());
+        }
+        Ok(Self {
+            host,
+            policy,
+            read_only,
+            inodes: Inodes::new(host, root, &stat, bounds.nodes),
+            handles: Handles::new(bounds.handles),
+            features: 0,
+            devices: HashMap::from([(stat.attr.st_dev, 0)]),
+            credentials: None,
+            buffer: Vec::new(),
+            restored: false,
+            saved_handles: Vec::new(),
+        })
+    }
+
+    /// Makes the calling thread the one that serves.
+    pub(super) fn enter_thread(&mut self) -> io::Result<()> {
+        self.host.enter_thread()?;
+        self.credentials = Some(Credentials::of_this_thread(self.host));
+        if std::mem::take(&mut self.restored) {
+            self.inodes.adopt();
+            self.reopen_saved();
+        }
+        Ok(())
+    }
+
+    /// The session is over: the guest knows nothing any more.
+    pub(super) fn clear(&mut self) {
+        self.handles.clear();
+        self.inodes.clear();
+        self.buffer = Vec::new();
+        self.features = 0;
+    }
+
+    /// Between requests: back to what costs little to keep.
+    pub(super) fn tidy(&mut self) {
+        if let Some(credentials) = &mut self.credentials {
+            credentials.done();
+        }
+        self.inodes.trim();
+    }
+
+    /// The guest has asked for nothing in a while.
+    pub(super) fn rest(&mut self) {
+        self.inodes.trim_all();
+        self.buffer = Vec::new();
+    }
+
+    /// Makes what is created next belong to the user who asks for it.
+    pub(super) fn create_as(&mut self, context: &Context, umask: u32) -> io::Result<()> {
+        self.keep_set_id(true);
+        match &mut self.credentials {
+            Some(credentials) => credentials.create_as(context.uid, context.gid, umask),
+            None => Err(io::Error::from_raw_os_error(libc::EPERM)),
+        }
+    }
+
+    /// Whether the next change leaves set-user-ID bits alone.
+    pub(super) fn keep_set_id(&mut self, keep: bool) {
+        if let Some(credentials) = &mut self.credentials {
+            credentials.keep_set_id(keep);
+        }
+    }
+
+    /// What the guest is to see of a file: inode numbers of different devices must differ, since it sees one device.
+    pub(super) fn attributes(&mut self, stat: &Stat) -> libc::stat64 {
+        let mut attr = stat.attr;
+        attr.st_ino = self.inode_number(attr.st_dev, attr.st_ino);
+        attr
+    }
+
+    pub(super) fn inode_number(&mut self, device: u64, inode: u64) -> u64 {
+        let next = self.devices.len() as u64;
+        inode ^ *self.devices.entry(device).or_insert(next) << INODE_BITS
+    }
+
+    /// The answer to a lookup that [`Inodes::enter`] counted.
+    pub(super) fn entry(&mut self, slot: Slot, stat: &Stat) -> Entry {
+        Entry {
+            inode: self.inodes.number(slot),
+            generation: 0,
+            attr: self.attributes(stat),
+            attr_flags: 0,
+            attr_timeout: self.policy.timeout,
+            entry_timeout: self.policy.timeout,
+        }
+    }
+}
+
+/// Lets through what names one entry of a directory and nothing else: no way up, no path.
+pub(super) fn check_name(name: &CStr) -> io::Result<()> {
+    match name.to_bytes() {
+        b"" | b"." | b".." => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        bytes if bytes.contains(&b'/') => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        bytes if bytes.len() > 255 => Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG)),
+        _ => Ok(()),
+    }
+}
+
+/// An error of the host by number.
+pub(super) fn errno(number: i32) -> io::Error {
+    io::Error::from_raw_os_error(number)
+}

@@ -24,7 +24,10 @@ pub(crate) fn parse(mut words: impl Iterator<Item = String>) -> Result<Options, 
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or_else(|| format!("{word} needs a value"));
         let socket = |value: String| {
-            value.strip_prefix("unix:").map(PathBuf::from).ok_or_else(|| format!("{value} is not of the form unix:PATH"))
+            value
+                .strip_prefix("unix:")
+                .map(PathBuf::from)
+                .ok_or_else(|| format!("{value} is not of the form unix:PATH"))
         };
         match word.as_str() {
             "--listen" => listen = Some(socket(value()?)?),
@@ -53,7 +56,8 @@ mod tests {
     fn outside_a_guest_both_sockets_are_needed() {
         let options = parsed("--no-init --listen unix:/a --streams unix:/b").unwrap();
         assert_eq!((options.listen, options.streams), ("/a".into(), "/b".into()));
-        for bad in ["", "--listen unix:/a --streams unix:/b", "--no-init --listen /a", "--no-init --listen", "--other"] {
+        for bad in ["", "--listen unix:/a --streams unix:/b", "--no-init --listen /a", "--no-init --listen", "--other"]
+        {
             assert!(parsed(bad).is_err(), "{bad}");
         }
     }

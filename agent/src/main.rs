@@ -74,6 +74,11 @@ async fn serve_guest() -> Result<()> {
     // A connection made from here on waits for the rest.
     tokio::spawn(server::greet());
     init::late();
+    tracing::info!(
+        "listening {} us after the kernel's start, set up after {} us",
+        sandbox.ready_us,
+        sandbox::uptime_us()
+    );
     let cgroup = cgroup::Cgroup::at(init::CONTAINERS_CGROUP.as_ref());
     let containers = Arc::new(Containers::new(cgroup, PathBuf::from(STATE_DIRECTORY)));
     server::run(rpc, streams, sandbox, containers).await

@@ -11,8 +11,8 @@ use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-use crate::container::spec::set_sysctls;
 use crate::container::Containers;
+use crate::container::spec::set_sysctls;
 use crate::cpus;
 use crate::error::{Error, Result, Step};
 use crate::init;
@@ -54,9 +54,7 @@ pub(crate) struct Stats {
 
 impl Sandbox {
     pub(crate) fn new(is_guest: bool) -> Self {
-        let since_boot = clock_gettime(ClockId::Monotonic);
-        let ready_us = since_boot.tv_sec as u64 * 1_000_000 + since_boot.tv_nsec as u64 / 1000;
-        Self { is_guest, created: AtomicBool::new(false), ready_us }
+        Self { is_guest, created: AtomicBool::new(false), ready_us: uptime_us() }
     }
 
     /// Makes the guest into a sandbox; once.
@@ -106,6 +104,12 @@ impl Sandbox {
             tracing::error!("restart: {error}");
         }
     }
+}
+
+/// Microseconds since the kernel's start.
+pub(crate) fn uptime_us() -> u64 {
+    let since_boot = clock_gettime(ClockId::Monotonic);
+    since_boot.tv_sec as u64 * 1_000_000 + since_boot.tv_nsec as u64 / 1000
 }
 
 fn check_entropy(entropy: &[u8]) -> Result<()> {

@@ -193,7 +193,10 @@ mod tests {
         let options = parsed(&["ro", "nodev,size=10m", "rw", "mode=755"]);
         assert_eq!(options.flags, MountFlags::NODEV);
         assert_eq!(options.data, "size=10m,mode=755");
-        assert_eq!(parsed(&["rslave"]).propagation, Some(MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC));
+        assert_eq!(
+            parsed(&["rslave"]).propagation,
+            Some(MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
+        );
     }
 
     #[test]

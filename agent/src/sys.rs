@@ -145,9 +145,8 @@ pub(crate) fn bpf_load_device_program(program: &[BpfInstruction]) -> io::Result<
         ..BpfLoad::default()
     };
     // SAFETY: the kernel reads `insn_cnt` instructions and the licence, a C string; both live through the call.
-    let fd = unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attributes, std::mem::size_of::<BpfLoad>())
-    };
+    let fd =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attributes, std::mem::size_of::<BpfLoad>()) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -173,9 +172,8 @@ fn bpf_attachment(command: libc::c_int, cgroup: BorrowedFd<'_>, program: Borrowe
         attach_flags: flags,
     };
     // SAFETY: the kernel reads this structure and nothing behind it.
-    let result = unsafe {
-        libc::syscall(libc::SYS_bpf, command, &raw const attributes, std::mem::size_of::<BpfAttach>())
-    };
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, &raw const attributes, std::mem::size_of::<BpfAttach>()) };
     check(result as libc::c_int)
 }
 

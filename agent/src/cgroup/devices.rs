@@ -9,9 +9,7 @@ use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
 use super::Cgroup;
 use crate::error::{Error, Result, Step};
-use crate::sys::{
-    BpfInstruction, bpf_attach_device_program, bpf_detach_device_program, bpf_load_device_program,
-};
+use crate::sys::{BpfInstruction, bpf_attach_device_program, bpf_detach_device_program, bpf_load_device_program};
 
 /// Ways to use a device, as `<linux/bpf.h>` numbers them.
 const MAKE: u8 = 1;
@@ -61,7 +59,11 @@ struct Policy {
 pub(crate) struct Attached(OwnedFd);
 
 /// Has the rules decide for the cgroup, in place of those of `before`.
-pub(crate) fn apply(cgroup: &Cgroup, rules: &[LinuxDeviceCgroup], before: Option<&Attached>) -> Result<Option<Attached>> {
+pub(crate) fn apply(
+    cgroup: &Cgroup,
+    rules: &[LinuxDeviceCgroup],
+    before: Option<&Attached>,
+) -> Result<Option<Attached>> {
     let policy = Policy::of(rules)?;
     let directory = cgroup.open().step("open the cgroup")?;
     // All is allowed: no program is needed to say so.
@@ -134,14 +136,8 @@ impl Policy {
     /// The policy for the kernel: reads a `bpf_cgroup_dev_ctx`, returns 1 to allow and 0 to deny.
     fn program(&self) -> Vec<BpfInstruction> {
         // The context's first word has the kind in its low half and the access in its high half.
-        let mut program = vec![
-            load(2, 1, 0),
-            copy(3, 2),
-            and(2, 0xffff),
-            shift_right(3, 16),
-            load(4, 1, 4),
-            load(5, 1, 8),
-        ];
+        let mut program =
+            vec![load(2, 1, 0), copy(3, 2), and(2, 0xffff), shift_right(3, 16), load(4, 1, 4), load(5, 1, 8)];
         for (devices, access) in &self.exceptions {
             let mut checks = vec![jump_unless_equal(2, i32::from(devices.kind))];
             if self.allow {

@@ -27,6 +27,10 @@ pub(crate) const MOUNT_POINT: &str = "/sys/fs/cgroup";
 /// How long frozen and killed processes may take to get there. Killing takes as long as freeing memory does.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How deep a container may nest cgroups of its own, should it be allowed to make any: no deeper than their paths can
+/// be followed again.
+const MAX_DEPTH: &str = "64";
+
 /// A cgroup by its directory. Does not remove it when dropped.
 #[derive(Clone, Debug)]
 pub(crate) struct Cgroup {
@@ -61,6 +65,11 @@ impl Cgroup {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             result => result.step_with(|| format!("make the cgroup {}", self.directory.display())),
         }
+    }
+
+    /// Keeps the processes in it from nesting cgroups without end.
+    pub(crate) fn limit_depth(&self) -> Result<()> {
+        self.write("cgroup.max.depth", MAX_DEPTH).step("limit the depth of the cgroup")
     }
 
     /// Gives the children of this cgroup every controller that it has itself.

@@ -5,9 +5,7 @@
 
 use std::io;
 
-use oci_spec::runtime::{
-    LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources, LinuxThrottleDevice,
-};
+use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources, LinuxThrottleDevice};
 
 use super::Cgroup;
 use crate::error::{Error, Result};
@@ -53,7 +51,9 @@ pub(crate) fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ERANGE | libc::ENODEV)) => {
                 return Err(Error::invalid(write.field, format!("the kernel refuses {:?}: {error}", write.value)));
             }
-            Err(error) => return Err(Error::failed(format!("{}: write {}", write.field, write.file), error.to_string())),
+            Err(error) => {
+                return Err(Error::failed(format!("{}: write {}", write.field, write.file), error.to_string()));
+            }
         }
     }
     Ok(())
@@ -92,7 +92,8 @@ fn plan(resources: &LinuxResources, cpu_max: &str) -> Result<Vec<Write>> {
         plan_hugepages(limit, &mut writes)?;
     }
     if let Some(network) = resources.network() {
-        if network.class_id().is_some_and(|class| class != 0) || network.priorities().as_ref().is_some_and(|p| !p.is_empty())
+        if network.class_id().is_some_and(|class| class != 0)
+            || network.priorities().as_ref().is_some_and(|p| !p.is_empty())
         {
             return Err(Error::invalid("linux.resources.network", "cgroup version 2 has no such control"));
         }
@@ -111,7 +112,8 @@ fn plan(resources: &LinuxResources, cpu_max: &str) -> Result<Vec<Write>> {
 }
 
 fn plan_cpu(cpu: &LinuxCpu, cpu_max: &str, writes: &mut Vec<Write>) -> Result<()> {
-    if cpu.realtime_runtime().is_some_and(|runtime| runtime != 0) || cpu.realtime_period().is_some_and(|period| period != 0)
+    if cpu.realtime_runtime().is_some_and(|runtime| runtime != 0)
+        || cpu.realtime_period().is_some_and(|period| period != 0)
     {
         return Err(Error::invalid("linux.resources.cpu.realtimeRuntime", "cgroup version 2 has no such control"));
     }
@@ -167,7 +169,10 @@ fn plan_memory(memory: &LinuxMemory, writes: &mut Vec<Write>) -> Result<()> {
     ];
     for (field, asked) in unsupported {
         if asked {
-            return Err(Error::invalid(format!("linux.resources.memory.{field}"), "cgroup version 2 has no such control"));
+            return Err(Error::invalid(
+                format!("linux.resources.memory.{field}"),
+                "cgroup version 2 has no such control",
+            ));
         }
     }
     // Swap first where both shrink or grow is not needed: version 2 counts them apart.

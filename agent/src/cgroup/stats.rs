@@ -178,7 +178,8 @@ mod tests {
 
     #[test]
     fn pressure_is_read_in_hundredths_of_a_percent() {
-        let content = "some avg10=1.25 avg60=0.07 avg300=100.00 total=1234\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=9\n";
+        let content =
+            "some avg10=1.25 avg60=0.07 avg300=100.00 total=1234\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=9\n";
         let pressure = parse_pressure(content);
         assert_eq!(pressure.some, Some(PressureLine { avg10: 125, avg60: 7, avg300: 10_000, total_usec: 1234 }));
         assert_eq!(pressure.full, Some(PressureLine { total_usec: 9, ..PressureLine::default() }));

@@ -74,6 +74,7 @@ impl Container {
         spec::set_sysctls(&adapted.guest_sysctls)?;
 
         self.cgroup.create()?;
+        self.cgroup.limit_depth()?;
         resources::apply(&self.cgroup, &adapted.resources)?;
         let rules = adapted.resources.devices().as_deref().unwrap_or_default();
         let device_policy = devices::apply(&self.cgroup, rules, None)?;

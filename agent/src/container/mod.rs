@@ -205,10 +205,6 @@ mod testing {
     }
 
     pub(super) fn process(pid: i32) -> Process {
-        Process {
-            pid: Pid::from_raw(pid).unwrap(),
-            exit: watch::Sender::new(None),
-            controls: Controls::default(),
-        }
+        Process { pid: Pid::from_raw(pid).unwrap(), exit: watch::Sender::new(None), controls: Controls::default() }
     }
 }

@@ -108,9 +108,7 @@ fn adapt_process(process: &mut Process, io: &Io) -> Result<WindowSize> {
             return Err(Error::invalid("process.args", "has a zero byte"));
         }
     }
-    for (field, label) in
-        [("apparmorProfile", process.apparmor_profile()), ("selinuxLabel", process.selinux_label())]
-    {
+    for (field, label) in [("apparmorProfile", process.apparmor_profile()), ("selinuxLabel", process.selinux_label())] {
         if label.as_ref().is_some_and(|label| !label.is_empty()) {
             tracing::info!("process.{field} is not applied: the guest's kernel has no such module");
         }
@@ -194,7 +192,8 @@ fn check_mount(index: usize, mount: &Mount) -> Result<()> {
     if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
         return Err(Error::invalid(field("uidMappings"), "idmapped mounts are not supported in the guest"));
     }
-    let bind = mount.typ().as_deref() == Some("bind") || options.iter().any(|option| option == "bind" || option == "rbind");
+    let bind =
+        mount.typ().as_deref() == Some("bind") || options.iter().any(|option| option == "bind" || option == "rbind");
     if bind {
         let source = mount.source().as_ref().ok_or_else(|| Error::invalid(field("source"), "is missing"))?;
         check_path(&field("source"), source)?;
@@ -255,8 +254,7 @@ fn check_seccomp(seccomp: &LinuxSeccomp) -> Result<()> {
 /// Takes out the sysctls of namespaces that the container shares with the guest, and of none. The guest is the pod's
 /// own, so what would be the whole host's elsewhere, vm.max_map_count for instance, is the pod's here.
 fn take_guest_sysctls(linux: &mut Linux) -> Result<BTreeMap<String, String>> {
-    const OF_IPC: [&str; 8] =
-        ["msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced"];
+    const OF_IPC: [&str; 8] = ["msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced"];
     let mut guest = BTreeMap::new();
     let mut own = std::collections::HashMap::new();
     for (name, value) in linux.sysctl().iter().flatten() {
@@ -348,18 +346,33 @@ mod tests {
         assert_eq!(refused(|spec| spec["linux"]["intelRdt"] = json!({ "closID": "x" })), "linux.intelRdt");
         assert_eq!(refused(|spec| spec["linux"]["namespaces"] = json!([{ "type": "pid" }])), "linux.namespaces");
         assert_eq!(refused(|spec| spec["linux"]["namespaces"] = json!([{ "type": "other" }])), "spec");
-        assert_eq!(refused(|spec| spec["linux"]["seccomp"] = json!({
-            "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_S390X"] })), "linux.seccomp.architectures");
-        assert_eq!(refused(|spec| spec["linux"]["seccomp"] = json!({
-            "defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/x" })), "linux.seccomp.listenerPath");
-        assert_eq!(refused(|spec| spec["mounts"] = json!([{
-            "destination": "/x", "type": "bind", "source": "/not/there" }])), "mounts[0].source");
-        assert_eq!(refused(|spec| spec["mounts"] = json!([{
-            "destination": "/x", "type": "bind", "source": "/", "options": ["rshared"] }])), "mounts[0].options");
-        assert_eq!(refused(|spec| {
-            spec["hostname"] = json!("h");
-            spec["linux"]["namespaces"] = json!([{ "type": "mount" }]);
-        }), "hostname");
+        assert_eq!(
+            refused(|spec| spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_S390X"] })),
+            "linux.seccomp.architectures"
+        );
+        assert_eq!(
+            refused(|spec| spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/x" })),
+            "linux.seccomp.listenerPath"
+        );
+        assert_eq!(
+            refused(|spec| spec["mounts"] = json!([{
+            "destination": "/x", "type": "bind", "source": "/not/there" }])),
+            "mounts[0].source"
+        );
+        assert_eq!(
+            refused(|spec| spec["mounts"] = json!([{
+            "destination": "/x", "type": "bind", "source": "/", "options": ["rshared"] }])),
+            "mounts[0].options"
+        );
+        assert_eq!(
+            refused(|spec| {
+                spec["hostname"] = json!("h");
+                spec["linux"]["namespaces"] = json!([{ "type": "mount" }]);
+            }),
+            "hostname"
+        );
     }
 
     #[test]

@@ -48,7 +48,5 @@ fn notify(directory: &Path) -> Result<()> {
     let directory = open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .step("open libcontainer's directory")?;
     let path = format!("/proc/self/fd/{}/notify.sock", directory.as_raw_fd());
-    UnixStream::connect(path)
-        .and_then(|mut socket| socket.write_all(b"start container"))
-        .step("tell the first process")
+    UnixStream::connect(path).and_then(|mut socket| socket.write_all(b"start container")).step("tell the first process")
 }

@@ -27,8 +27,7 @@ const ARGS_REFUSED: &str = "process.args: ";
 
 pub(super) fn run(request: &CreateRequest, streams: Vec<OwnedFd>) -> Result<Outcome> {
     let spec = Spec::load(request.bundle.join("config.json")).step("read the specification")?;
-    let container_process =
-        spec.process().as_ref().ok_or_else(|| Error::invalid("process", "is missing"))?;
+    let container_process = spec.process().as_ref().ok_or_else(|| Error::invalid("process", "is missing"))?;
     process::set_oom_score(container_process)?;
     if let Some(root) = spec.root() {
         make_working_directory(root.path(), container_process);

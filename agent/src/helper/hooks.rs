@@ -14,7 +14,8 @@ pub(super) fn run(request: &HookRequest) -> Result<()> {
         HookKind::Poststart => (hooks.and_then(|hooks| hooks.poststart().as_ref()), ContainerStatus::Running),
         HookKind::Poststop => (hooks.and_then(|hooks| hooks.poststop().as_ref()), ContainerStatus::Stopped),
     };
-    let mut container = Container::load(request.state.join(&request.container_id)).step("read the container's state")?;
+    let mut container =
+        Container::load(request.state.join(&request.container_id)).step("read the container's state")?;
     container.set_status(status);
     run_hooks(hooks, Some(&container.state), Some(&request.bundle), None, None)
         .map_err(|error| Error::failed(format!("run the hooks of {:?}", request.kind), chain(&error)))

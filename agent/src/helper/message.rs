@@ -116,7 +116,9 @@ pub(super) fn send_answer(socket: impl AsFd, result: Result<Outcome>) -> io::Res
             terminal = outcome.terminal;
             Answer::Done { pid: outcome.pid.map(|pid| pid.as_raw_nonzero().get()) }
         }
-        Err(Error::Invalid { field, reason }) => Answer::Invalid { field: cut(field.into_owned()), reason: cut(reason) },
+        Err(Error::Invalid { field, reason }) => {
+            Answer::Invalid { field: cut(field.into_owned()), reason: cut(reason) }
+        }
         Err(Error::Failed { step, cause }) => Answer::Failed { step: cut(step.into_owned()), cause: cut(cause) },
         Err(error) => Answer::Failed { step: "run the helper".into(), cause: cut(error.to_string()) },
     };

@@ -21,8 +21,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, ExitCode, Stdio};
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::fs::Mode;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, Resource, Rlimit, setrlimit, umask};
 use tokio::io::Interest;
 

@@ -33,7 +33,12 @@ const LATE: [Mount; 7] = [
         flags: MountFlags::NOSUID.union(MountFlags::NOEXEC),
         data: c"gid=5,mode=0620,ptmxmode=0666",
     },
-    Mount { fstype: "tmpfs", target: "/dev/shm", flags: MountFlags::NOSUID.union(MountFlags::NODEV), data: c"mode=1777" },
+    Mount {
+        fstype: "tmpfs",
+        target: "/dev/shm",
+        flags: MountFlags::NOSUID.union(MountFlags::NODEV),
+        data: c"mode=1777",
+    },
     Mount { fstype: "mqueue", target: "/dev/mqueue", flags: STRICT, data: c"" },
     Mount { fstype: "tmpfs", target: "/run", flags: MountFlags::NOSUID.union(MountFlags::NODEV), data: c"mode=0755" },
     Mount { fstype: "tmpfs", target: "/tmp", flags: MountFlags::NOSUID.union(MountFlags::NODEV), data: c"mode=1777" },

@@ -18,7 +18,10 @@ use crate::streams::stdio::{Io, WindowSize};
 pub(super) fn check_id(field: &'static str, id: &str) -> Result<()> {
     let plain = id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-'));
     if id.is_empty() || id.len() > MAX_ID_BYTES || !plain || id == "." || id == ".." {
-        return Err(Error::invalid(field, format!("is not 1 to {MAX_ID_BYTES} letters, digits, dots, dashes or underscores")));
+        return Err(Error::invalid(
+            field,
+            format!("is not 1 to {MAX_ID_BYTES} letters, digits, dots, dashes or underscores"),
+        ));
     }
     Ok(())
 }
@@ -102,9 +105,7 @@ pub(super) fn event(event: Event) -> wire::Event {
             status: Some(exit_status(status)).into(),
             ..Default::default()
         }),
-        What::OutOfMemory { kills } => {
-            wire::event::What::Oom(wire::OutOfMemory { kills, ..Default::default() })
-        }
+        What::OutOfMemory { kills } => wire::event::What::Oom(wire::OutOfMemory { kills, ..Default::default() }),
     };
     wire::Event { number: event.number, container_id: event.container_id, what: Some(what), ..Default::default() }
 }
@@ -177,8 +178,7 @@ mod tests {
     use super::*;
 
     fn streams(stdin: &[u8], stdout: &[u8], terminal: bool) -> Result<Io> {
-        let message =
-            wire::Io { stdin: stdin.to_vec(), stdout: stdout.to_vec(), terminal, ..Default::default() };
+        let message = wire::Io { stdin: stdin.to_vec(), stdout: stdout.to_vec(), terminal, ..Default::default() };
         io(&Some(message).into())
     }
 

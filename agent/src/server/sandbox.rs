@@ -20,7 +20,8 @@ impl SandboxService for Services {
     async fn handshake(&self, _: &TtrpcContext, request: HandshakeRequest) -> ttrpc::Result<HandshakeResponse> {
         let (major, minor) = VERSION;
         if request.major != major {
-            let reason = format!("the host speaks version {}.{}, the agent {major}.{minor}", request.major, request.minor);
+            let reason =
+                format!("the host speaks version {}.{}, the agent {major}.{minor}", request.major, request.minor);
             return Err(Error::State(reason).into());
         }
         Ok(HandshakeResponse {

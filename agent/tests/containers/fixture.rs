@@ -130,7 +130,8 @@ impl Guest {
 
     /// A specification like those that containerd makes, for a shell script.
     pub(crate) fn spec(&self, script: &str) -> Value {
-        let capabilities = json!(["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_KILL", "CAP_MKNOD", "CAP_SETUID", "CAP_SETGID"]);
+        let capabilities =
+            json!(["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_KILL", "CAP_MKNOD", "CAP_SETUID", "CAP_SETGID"]);
         json!({
             "ociVersion": "1.2.0",
             "process": {
@@ -185,7 +186,13 @@ impl Guest {
         self.create_with(id, spec, io, Vec::new()).await
     }
 
-    pub(crate) async fn create_with(&self, id: &str, spec: &Value, io: Io, storages: Vec<Storage>) -> Result<u32, Error> {
+    pub(crate) async fn create_with(
+        &self,
+        id: &str,
+        spec: &Value,
+        io: Io,
+        storages: Vec<Storage>,
+    ) -> Result<u32, Error> {
         let request = CreateContainerRequest {
             container_id: id.into(),
             spec: spec.to_string().into_bytes(),

@@ -248,7 +248,8 @@ async fn limits_hold_and_can_be_changed() {
     };
     let wanted = json!({ "memory": { "limit": 128 << 20 }, "cpu": { "quota": -1 } });
     guest.containers.update_container(context(), &update(wanted)).await.unwrap();
-    let refused = code(guest.containers.update_container(context(), &update(json!({ "memory": { "swappiness": 1 } }))).await);
+    let refused =
+        code(guest.containers.update_container(context(), &update(json!({ "memory": { "swappiness": 1 } }))).await);
     assert_eq!(refused.0, Code::INVALID_ARGUMENT);
     assert!(refused.1.contains("swappiness"), "{}", refused.1);
     streams.stdin.as_mut().unwrap().write_all(b"\n").await.unwrap();
@@ -322,7 +323,10 @@ async fn what_fails_to_be_created_leaves_nothing() {
     assert_eq!(kind, Code::INVALID_ARGUMENT, "{message}");
     assert!(message.contains("cpu.cpus"), "{message}");
     let (kind, message) = refused(|spec| {
-        spec["mounts"].as_array_mut().unwrap().push(json!({ "destination": "/x", "type": "not-a-type", "source": "x" }));
+        spec["mounts"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({ "destination": "/x", "type": "not-a-type", "source": "x" }));
     })
     .await;
     assert_eq!(kind, Code::INTERNAL);

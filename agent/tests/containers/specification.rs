@@ -47,7 +47,8 @@ async fn identity_and_privileges() {
             spec["process"]["args"][0] = json!("/bin/sh");
         })
         .await;
-    let expected = "CapEff:\t0000000000000000\nNoNewPrivs:\t0\n1024\n0\n0022\n0 1 2 3 A=1\nB=x=y\nHOME=/root\nPWD=/\nSHLVL=1\n";
+    let expected =
+        "CapEff:\t0000000000000000\nNoNewPrivs:\t0\n1024\n0\n0022\n0 1 2 3 A=1\nB=x=y\nHOME=/root\nPWD=/\nSHLVL=1\n";
     assert_eq!(output.stdout, expected, "{}", output.stderr);
 
     // Inheritable and ambient capabilities pass to a user's programs.
@@ -136,7 +137,12 @@ async fn namespaces() {
         })
         .await;
     let theirs = |name: &str| std::fs::read_link(format!("/proc/{init}/ns/{name}")).unwrap();
-    assert_eq!(output.stdout, format!("{}\n{}\n", theirs("ipc").display(), theirs("pid").display()), "{}", output.stderr);
+    assert_eq!(
+        output.stdout,
+        format!("{}\n{}\n", theirs("ipc").display(), theirs("pid").display()),
+        "{}",
+        output.stderr
+    );
     guest.discard("first").await;
 }
 
@@ -178,7 +184,10 @@ async fn filters_hold_for_every_process() {
         process["noNewPrivileges"] = json!(no_new_privileges);
         process["user"] = json!({ "uid": 33, "gid": 33 });
         let output = guest.exec("c", "e", &process).await;
-        assert_eq!(output.stdout, "mkdir: can't create directory '/tmp/b': Not supported\nSeccomp:\t2\n".replace("Not", "Operation not"));
+        assert_eq!(
+            output.stdout,
+            "mkdir: can't create directory '/tmp/b': Not supported\nSeccomp:\t2\n".replace("Not", "Operation not")
+        );
         drop(streams.stdin.take());
         guest.wait("c", "").await;
         guest.remove("c", "").await.unwrap();
@@ -227,7 +236,12 @@ async fn devices() {
         })
         .await;
     let lines: Vec<_> = output.stdout.lines().collect();
-    assert_eq!(lines[0].trim(), "core fd full null own ptmx pts random stderr stdin stdout tty urandom zero".replace("core fd", "fd").replace("full null", "full kcore null"));
+    assert_eq!(
+        lines[0].trim(),
+        "core fd full null own ptmx pts random stderr stdin stdout tty urandom zero"
+            .replace("core fd", "fd")
+            .replace("full null", "full kcore null")
+    );
     assert_eq!(lines[1..], ["4", "640 33 1:5", "1"], "{output:?}");
     assert!(output.stderr.contains("No space left on device"), "{output:?}");
     assert!(output.stderr.contains("can't open '/dev/x': Operation not permitted"), "{output:?}");
@@ -313,7 +327,8 @@ async fn hooks_run_at_their_time() {
         json!([{ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin"] }])
     };
     let mut spec = guest.spec("true");
-    spec["hooks"] = json!({ "createRuntime": hook("createRuntime"), "poststart": hook("poststart"), "poststop": hook("poststop") });
+    spec["hooks"] =
+        json!({ "createRuntime": hook("createRuntime"), "poststart": hook("poststart"), "poststop": hook("poststop") });
     let streams = guest.launch("c", &spec).await;
     let read = || std::fs::read_to_string(&log).unwrap();
     assert_eq!(read(), "createRuntime creating\npoststart running\n");

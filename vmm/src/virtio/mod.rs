@@ -12,3 +12,4 @@ pub mod queue;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod vsock;

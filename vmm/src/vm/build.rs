@@ -27,6 +27,7 @@ use crate::virtio::console::Console;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::fs::Fs;
 use crate::virtio::rng::Rng;
+use crate::virtio::vsock::Vsock;
 
 /// Stack of the thread that serves devices; only what is touched costs memory.
 const DEVICE_STACK_BYTES: usize = 128 * 1024;
@@ -139,7 +140,12 @@ fn plug_devices(
         machine.plug("console", Box::new(Console::new(event_loop.clone(), output, input)))?;
     }
     machine.plug("rng", Box::new(Rng::new(event_loop.clone())))?;
-    if let Some(_vsock) = vsock {
+    if let Some(settings) = vsock {
+        let vsock = Vsock::new(event_loop, settings).map_err(|source| MachineError::Device {
+            id: "vsock".to_owned(),
+            why: format!("cannot use the listening socket: {source}"),
+        })?;
+        machine.plug("vsock", Box::new(vsock))?;
     }
     for settings in disks {
         machine.plug(&settings.id.clone(), disk(settings)?)?;

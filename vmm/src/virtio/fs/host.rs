@@ -94,6 +94,12 @@ impl Host {
         unsafe { libc::umask(mask & 0o777) };
     }
 
+    /// Returns freed memory to the system.
+    pub(super) fn trim_heap(self) {
+        // SAFETY: no pointers.
+        unsafe { libc::malloc_trim(0) };
+    }
+
     pub(super) fn stat(self, fd: RawFd) -> io::Result<Stat> {
         statx(fd, EMPTY, libc::AT_EMPTY_PATH)
     }

@@ -75,6 +75,8 @@ pub(super) struct Inodes {
     anchors: usize,
     unplaced: usize,
     hand: usize,
+    /// That of slots not used before.
+    first_generation: u32,
 }
 
 impl Key {
@@ -124,6 +126,7 @@ impl Inodes {
             anchors: 0,
             unplaced: 0,
             hand: 0,
+            first_generation: 0,
         }
     }
 
@@ -218,7 +221,7 @@ impl Inodes {
         let slot = match self.free.pop() {
             Some(slot) => slot,
             None if self.entries.len() < self.max_nodes => {
-                self.entries.push(Entry::default());
+                self.entries.push(Entry { generation: self.first_generation, node: None });
                 Slot(self.entries.len() as u32 - 1)
             }
             None => return Err(io::Error::from_raw_os_error(libc::ENFILE)),
@@ -396,12 +399,36 @@ impl Inodes {
         }
     }
 
-    /// Drops every anchor whose node has a place, leaf or not: the guest has been idle, and anchors keep the host from
-    /// freeing and unmounting.
-    pub(super) fn trim_all(&mut self) {
-        for slot in (1..self.entries.len() as u32).rev() {
-            self.evict(Slot(slot));
+    /// Drops each anchor that was not used since the last call and whose node has a place: anchors keep the host from
+    /// freeing and unmounting. Returns whether any that could go is left.
+    pub(super) fn sweep(&mut self) -> bool {
+        let mut left = false;
+        for slot in (1..self.entries.len() as u32).rev().map(Slot) {
+            match self.node_mut(slot) {
+                Ok(node) if node.anchor.is_none() || node.place.is_none() => {}
+                Ok(node) if node.recent => (node.recent, left) = (false, true),
+                _ => self.evict(slot),
+            }
         }
+        self.shrink();
+        left
+    }
+
+    /// Gives back room that the table grew into and no longer needs.
+    fn shrink(&mut self) {
+        let used = self.entries.iter().rposition(|entry| entry.node.is_some()).map_or(1, |last| last + 1);
+        if used > self.entries.len() / 2 || self.entries.len() < 4096 {
+            return;
+        }
+        for entry in self.entries.drain(used..) {
+            // Numbers of slots that come back must differ from those before.
+            self.first_generation = self.first_generation.max(entry.generation.wrapping_add(1));
+        }
+        self.entries.shrink_to_fit();
+        self.free.retain(|slot| (slot.0 as usize) < used);
+        self.free.shrink_to_fit();
+        self.by_key.shrink_to_fit();
+        self.hand = 0;
     }
 
     fn evict(&mut self, slot: Slot) {

@@ -93,10 +93,15 @@ impl State {
         self.inodes.trim();
     }
 
-    /// The guest has asked for nothing in a while.
-    pub(super) fn rest(&mut self) {
-        self.inodes.trim_all();
+    /// Gives back what was not used since the last call; returns whether there may be something for the next one.
+    pub(super) fn sweep(&mut self) -> bool {
+        if self.inodes.sweep() {
+            return true;
+        }
+        // Idle by now.
         self.buffer = Vec::new();
+        self.host.trim_heap();
+        false
     }
 
     /// Makes what is created next belong to the user who asks for it.

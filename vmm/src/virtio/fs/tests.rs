@@ -632,7 +632,7 @@ fn mounts_made_later_are_crossed_with_inode_numbers_of_their_own() {
     let host_number = fs::metadata(b.path("mnt/in")).unwrap().ino();
     let moved = b.ask(RENAME, u64_at(&after, 0), &named(longs(&[ROOT]), &["in", "out"]));
     // An idle share lets the host unmount.
-    b.fs.share.state().rest();
+    while b.fs.share.state().sweep() {}
     // SAFETY: a terminated string.
     let unmounted = unsafe { libc::umount(target.as_ptr()) };
     assert_eq!(unmounted, 0, "{}", io::Error::last_os_error());

@@ -1,13 +1,14 @@
 //! The thread that serves a share's queues.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::queue::VirtQueue;
@@ -20,9 +21,9 @@ const BATCH: usize = 8;
 /// An answer of this size is worth its own interrupt: the next may take as long as it did.
 const LARGE_ANSWER: u32 = 64 << 10;
 /// Requests from one queue before the others are looked at.
-const TURN: usize = 64;
-/// After this long without a request, descriptors are given back.
-const REST_AFTER: Duration = Duration::from_secs(10);
+const TURN: u64 = 64;
+/// How often what was not used since the last time is given back.
+const SWEEP_EVERY: Duration = Duration::from_secs(10);
 
 /// What the device and its worker both see.
 pub(super) struct Control {
@@ -61,8 +62,8 @@ impl Worker {
             let entered = self.session.share().state().enter_thread();
             let failed = entered.is_err();
             let _ = ready.send(entered);
-            if !failed {
-                self.run();
+            if !failed && let Err(error) = self.run() {
+                self.fail(&error);
             }
             self
         })?;
@@ -71,35 +72,68 @@ impl Worker {
         Ok(Running { thread, control })
     }
 
-    fn run(&mut self) {
-        let mut rested = false;
+    fn run(&mut self) -> io::Result<()> {
+        let epoll = self.watch()?;
+        let mut events = [EpollEvent::default(); 4];
+        // Buffers may be there already, their kicks past.
+        let mut ready: Vec<usize> = (0..self.queues.len()).collect();
+        let mut swept = Instant::now();
         loop {
-            let mut served = 0;
-            for index in 0..self.queues.len() {
-                served += self.take_turn(index);
-            }
+            ready.retain(|index| self.take_turn(*index));
             if self.control.stopping.load(Ordering::Acquire) {
-                return;
+                return Ok(());
             }
-            if served > 0 {
-                rested = false;
-                continue;
+            let mut busy = true;
+            if swept.elapsed() >= SWEEP_EVERY {
+                busy = self.session.share().state().sweep();
+                swept = Instant::now();
             }
-            if !self.wait((!rested).then_some(REST_AFTER)) {
-                self.session.share().state().rest();
-                rested = true;
+            let limit = match (ready.is_empty(), busy) {
+                (false, _) => 0,
+                (true, true) => SWEEP_EVERY.as_millis() as i32,
+                (true, false) => -1,
+            };
+            let count = match epoll.wait(limit, &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                Err(error) => return Err(error),
+            };
+            for event in &events[..count] {
+                let index = event.data() as usize;
+                if index < self.queues.len() && !ready.contains(&index) {
+                    ready.push(index);
+                }
             }
         }
     }
 
-    /// Serves one queue for a while; returns how many requests.
-    fn take_turn(&mut self, index: usize) -> usize {
+    fn fail(&mut self, error: &io::Error) {
+        for queue in &mut self.queues {
+            queue.fail(&format!("the share's thread cannot wait: {error}"));
+        }
+    }
+
+    /// Watches the kicks and the order to stop. Edge-triggered: a wake-up costs no read.
+    fn watch(&self) -> io::Result<Epoll> {
+        let epoll = Epoll::new()?;
+        let kicks = self.queues.iter().map(VirtQueue::kick);
+        for (index, fd) in (0..).zip(kicks.chain([&self.control.wake])) {
+            let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, index);
+            epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)?;
+        }
+        Ok(epoll)
+    }
+
+    /// Serves one queue for a while; returns whether there may be more.
+    fn take_turn(&mut self, index: usize) -> bool {
         let queue = &mut self.queues[index];
-        queue.clear_kick();
         let memory = queue.memory().clone();
         let (mut served, mut held_back) = (0, 0);
-        while served < TURN && !self.control.stopping.load(Ordering::Acquire) {
-            let Some(chain) = queue.pop_raw() else { break };
+        let more = loop {
+            if served == TURN || self.control.stopping.load(Ordering::Acquire) {
+                break true;
+            }
+            let Some(chain) = queue.pop_raw() else { break false };
             let head = chain.head_index();
             let written = self.session.serve(&memory, chain);
             queue.push(head, written);
@@ -109,24 +143,12 @@ impl Worker {
                 queue.notify();
                 held_back = 0;
             }
-        }
+        };
         if held_back > 0 {
             queue.notify();
         }
-        self.control.completed.fetch_add(served as u64, Ordering::Relaxed);
-        served
-    }
-
-    /// Waits for a kick or an order; false when `limit` has passed without.
-    fn wait(&self, limit: Option<Duration>) -> bool {
-        let watch = |fd: RawFd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        let mut fds: Vec<_> = self.queues.iter().map(|queue| watch(queue.kick().as_raw_fd())).collect();
-        fds.push(watch(self.control.wake.as_raw_fd()));
-        let limit = limit.map_or(-1, |limit| limit.as_millis() as i32);
-        // SAFETY: `fds` is an array of that length.
-        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, limit) };
-        // An interrupted call counts as a kick: there is no harm in looking.
-        ready != 0
+        self.control.completed.fetch_add(served, Ordering::Relaxed);
+        more
     }
 }
 

@@ -273,7 +273,10 @@ impl Running {
         let vmm = &mut self.parts.vmm;
         let orderly = async {
             if let Err(error) = self.agent.shutdown().await {
-                tracing::warn!("the guest does not shut down: {error}");
+                // Where the VM has ended its caller knows better what to say of it.
+                if vmm.is_running() {
+                    tracing::warn!("the guest does not shut down: {error}");
+                }
                 return;
             }
             vmm.wait().await;

@@ -158,6 +158,11 @@ impl Vmm {
         self.child.id()
     }
 
+    /// Whether the process's end has not been seen yet.
+    pub(crate) fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
     /// Waits until the guest says that its agent listens; answers false where the guest closes without a word.
     pub(crate) async fn ready(&mut self) -> Result<bool, VmmError> {
         let Some(ready) = self.ready.take() else { return Ok(true) };

@@ -102,7 +102,7 @@ fn a_corrupt_layer() {
     bytes[middle] ^= 1;
     fs::write(&layer, bytes).unwrap();
     let data = dir.path().join("data");
-    hull(["run", "--rm", copy.to_str().unwrap(), "true"]).env("HULL_DATA_DIR", &data).run().failed(&["digest"]);
+    hull(["run", "--rm", copy.to_str().unwrap(), "true"]).env("HULL_DATA_DIR", &data).run().failed(&["layer sha256:"]);
     assert!(is_empty(&data.join("layers")));
 }
 

@@ -22,7 +22,7 @@ fn exits_as_the_program_does() {
 #[test]
 fn a_signal_adds_128() {
     // As PID 1 of its namespace a program is spared its own signals, so another one is killed.
-    assert_eq!(script("sh -c 'kill -9 $$'").run().code, 128 + 9);
+    assert_eq!(script("sh -c 'kill -9 $$'; exit $?").run().code, 128 + 9);
 }
 
 #[test]

@@ -84,7 +84,7 @@ pub enum ImageError {
         source: UnpackError,
     },
     /// The store belongs to somebody else.
-    #[error("may not write to the image store {}: run as root, or choose another store", .0.display())]
+    #[error("may not use the image store {}: run as root, or choose another store", .0.display())]
     Permission(PathBuf),
     /// There is no room for even a record.
     #[error("the disk of the image store {} is full: remove images or use a larger disk", .0.display())]

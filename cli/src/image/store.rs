@@ -3,13 +3,13 @@
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
 
 use super::digest::Digest;
 use super::lock::{Hold, Share, lock, try_lock};
 use super::record::{Listed, Name, Record};
-use super::source::{LayerBlob, Source};
+use super::source::{Chosen, LayerBlob, Source};
 use super::staging::{Staging, sweep};
 use super::stream::with_content;
 use super::tar::Reader;
@@ -163,48 +163,46 @@ impl Store {
             Naming::Given(_) | Naming::None => given.into_iter().collect(),
         };
         self.make_directories()?;
-        let image = match self.get(&chosen.digest, names.first())? {
-            Some(image) => image,
-            None => {
-                let details = source.details(&chosen)?;
-                let holds = details.layers.iter().map(|blob| self.layer(blob)).collect::<Result<Vec<_>, _>>()?;
-                let diff_ids: Vec<Digest> = details.layers.iter().map(|blob| blob.diff_id).collect();
-                let record = Record {
-                    digest: chosen.digest,
-                    manifest: chosen.manifest,
-                    size_bytes: diff_ids
-                        .iter()
-                        .collect::<HashSet<_>>()
-                        .into_iter()
-                        .map(|id| self.layer_bytes(id))
-                        .sum(),
-                    created: details.config.created().clone(),
-                    layers: self.effective_layers(&diff_ids),
-                    config: details.config,
-                };
-                self.publish(&record)?;
-                let image = self.image(record, names.first(), holds);
-                self.collect_garbage()?;
-                image
-            }
+        let known = self.held(&chosen.digest)?;
+        let is_new = known.is_none();
+        let (record, holds) = match known {
+            Some(known) => known,
+            None => self.unpack_all(&source, &chosen)?,
         };
-        for name in &names {
-            self.set_name(name, &image.digest)?;
+        self.publish(&record, &names)?;
+        if is_new {
+            // The image is there, so what is wrong with others is for those to hear who use or remove them.
+            let _ = self.collect_garbage();
         }
-        Ok(image)
+        Ok(self.image(record, names.first(), holds))
+    }
+
+    fn unpack_all(&self, source: &Source, chosen: &Chosen) -> Result<(Record, Vec<File>), ImageError> {
+        let details = source.details(chosen)?;
+        let holds = details.layers.iter().map(|blob| self.layer(blob)).collect::<Result<Vec<_>, _>>()?;
+        let diff_ids: Vec<Digest> = details.layers.iter().map(|blob| blob.diff_id).collect();
+        let record = Record {
+            digest: chosen.digest,
+            manifest: chosen.manifest,
+            size_bytes: diff_ids.iter().collect::<HashSet<_>>().into_iter().map(|id| self.layer_bytes(id)).sum(),
+            created: details.config.created().clone(),
+            layers: self.effective_layers(&diff_ids),
+            config: details.config,
+        };
+        Ok((record, holds))
     }
 
     /// The recorded image, if all its layers are there.
     fn get(&self, digest: &Digest, name: Option<&Name>) -> Result<Option<Image>, ImageError> {
+        Ok(self.held(digest)?.map(|(record, holds)| self.image(record, name, holds)))
+    }
+
+    /// The record of an image whose layers are all there, and what keeps them there.
+    fn held(&self, digest: &Digest) -> Result<Option<(Record, Vec<File>)>, ImageError> {
         let Some(record) = self.record(digest)? else { return Ok(None) };
-        let mut holds = Vec::with_capacity(record.layers.len());
-        for diff_id in &record.layers {
-            match self.hold_layer(diff_id)? {
-                Some(hold) => holds.push(hold),
-                None => return Ok(None),
-            }
-        }
-        Ok(Some(self.image(record, name, holds)))
+        let holds = record.layers.iter().map(|diff_id| self.hold_layer(diff_id));
+        let holds = holds.collect::<Result<Option<Vec<_>>, _>>()?;
+        Ok(holds.map(|holds| (record, holds)))
     }
 
     fn image(&self, record: Record, name: Option<&Name>, holds: Vec<File>) -> Image {
@@ -295,24 +293,28 @@ impl Store {
         }
     }
 
-    fn publish(&self, record: &Record) -> Result<(), ImageError> {
-        let (staging, path) = (self.staging()?, self.image_path(&record.digest));
-        let json = serde_json::to_vec(record).map_err(|source| ImageError::Record { path: path.clone(), source })?;
-        let _change = self.change("")?;
-        let file = staging.join("record");
-        fs::write(&file, json).and_then(|()| fs::rename(file, &path)).map_err(ImageError::io("write", &path))
-    }
-
-    fn set_name(&self, name: &Name, digest: &Digest) -> Result<(), ImageError> {
-        let _change = self.change("")?;
-        if self.lookup(name) == Some(*digest) {
+    /// Makes an image that is held visible under these names, whoever may have removed it meanwhile.
+    fn publish(&self, record: &Record, names: &[Name]) -> Result<(), ImageError> {
+        let path = self.image_path(&record.digest);
+        let is_named = |name: &Name| self.lookup(name) == Some(record.digest);
+        if path.exists() && names.iter().all(is_named) {
             return Ok(());
         }
-        let (staging, path) = (self.staging()?, self.at("names").join(name.file_name()));
-        let link = staging.join("name");
-        std::os::unix::fs::symlink(digest.hex(), &link)
-            .and_then(|()| fs::rename(link, &path))
-            .map_err(ImageError::io("write", &path))
+        let staging = self.staging()?;
+        let _change = self.change("")?;
+        if !path.exists() {
+            let json =
+                serde_json::to_vec(record).map_err(|source| ImageError::Record { path: path.clone(), source })?;
+            let file = staging.join("record");
+            let written = fs::write(&file, json).and_then(|()| fs::rename(file, &path));
+            written.map_err(ImageError::io("write", &path))?;
+        }
+        for name in names.iter().filter(|name| !is_named(name)) {
+            let (link, path) = (staging.join("name"), self.at("names").join(name.file_name()));
+            let written = symlink(record.digest.hex(), &link).and_then(|()| fs::rename(link, &path));
+            written.map_err(ImageError::io("write", &path))?;
+        }
+        Ok(())
     }
 
     /// What has just this name.

@@ -144,6 +144,20 @@ fn layers_in_use_outlive_their_image() {
 }
 
 #[test]
+fn a_damaged_record_hinders_no_other_image() {
+    let bench = Bench::new();
+    let image = bench.load(&named("one:1")).unwrap();
+    fs::write(bench.path("store/images").join(format!("{}.json", image.digest().hex())), "{").unwrap();
+    drop(image);
+    bench.load(&named("two:1")).unwrap();
+    assert!(bench.store.resolve("two:1").is_ok());
+    // Which layers it had is not known any more, so none may go.
+    assert_eq!(layer_count(&bench), 3);
+    bench.store.remove("one:1").unwrap();
+    assert_eq!((layer_count(&bench), bench.store.list().unwrap().len()), (2, 1));
+}
+
+#[test]
 fn a_damaged_record_is_named() {
     let bench = Bench::new();
     let image = bench.load(&named("one:1")).unwrap();

@@ -1,8 +1,9 @@
 //! Images that are damaged or want to do harm. Nothing outside the store may change, nothing may be left in it.
 
 use std::fs;
+use std::process::Command;
 
-use hull_cli::image::{Digest, ImageError, SourceError, StreamError, UnpackError};
+use hull_cli::image::{Digest, ImageError, SourceError, Store, StreamError, UnpackError};
 use proptest::prelude::*;
 
 use crate::support::*;
@@ -240,6 +241,33 @@ fn a_file_larger_than_the_disk_is_not_begun() {
     layer.0 = header.as_bytes().to_vec();
     let error = bench.refuse(layer);
     assert!(error.contains("cut short") || error.contains("disk is full"), "{error}");
+}
+
+#[test]
+fn a_full_disk_is_named_and_left_as_it_was() {
+    let bench = Bench::new();
+    fs::create_dir(bench.path("small")).unwrap();
+    let mount = |options: &str| {
+        let mut command = Command::new("mount");
+        let mounted = command.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(bench.path("small")).output();
+        may(mounted.is_ok_and(|output| output.status.success()), "mounting")
+    };
+    // The archive is small enough; its content, or the number of its files, is not.
+    let bytes = Build::new().layer("+gzip", Layer::new().file("a", "").file("large", vec![0; 64 << 20]).bytes());
+    let files = (0..500).fold(Layer::new(), |layer, number| layer.file(&format!("f{number}"), ""));
+    for (options, build) in [("size=48m", bytes), ("size=48m,nr_inodes=200", Build::of([files]))] {
+        if !is_root() || !mount(options) {
+            may(false, "mounting");
+            return;
+        }
+        let store = Store::open(&bench.path("small/store")).unwrap();
+        let error = store.load(&build.write(&bench.path("layout")), None).map(drop);
+        let left: Vec<String> = tree(&bench.path("small/store"));
+        drop(store);
+        assert!(Command::new("umount").arg(bench.path("small")).status().unwrap().success());
+        assert!(error.unwrap_err().to_string().contains("the disk is full"), "{options}");
+        assert!(left.iter().all(|path| !path.starts_with("tmp/") && !path.starts_with("layers/")), "{left:?}");
+    }
 }
 
 #[test]

@@ -297,6 +297,22 @@ fn equal_layers_are_mounted_once() {
 }
 
 #[test]
+fn nothing_is_mounted_below_an_opaque_root() {
+    if !may_mark_opaque() {
+        return;
+    }
+    let bench = Bench::new();
+    let layers = [
+        Layer::new().file("old", ""),
+        Layer::new().file(".wh..wh..opq", "").file("new", ""),
+        Layer::new().file("top", ""),
+    ];
+    let image = bench.load(&Build::of(layers)).unwrap();
+    assert_eq!(image.layers().len(), 2);
+    assert!(image.layers()[0].join("new").exists());
+}
+
+#[test]
 fn sparse_files_stay_sparse() {
     let bench = Bench::new();
     let data = [b"1\n8388608\n6\n".as_slice(), &[0; 500], b"island"].concat();

@@ -84,7 +84,7 @@ pub enum SourceError {
         found: String,
     },
     /// Several images, and nothing to choose by.
-    #[error("{} holds several images ({names}): give one of these names with it", path.display())]
+    #[error("{} holds several images ({names}): load it under one of these names", path.display())]
     Several {
         /// The path.
         path: PathBuf,

@@ -39,7 +39,12 @@ pub fn main() -> ExitCode {
         }
     };
     let level = if args.debug { "debug" } else { "warn" };
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(level).without_time().with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(level)
+        .without_time()
+        .with_target(false)
+        .init();
     match commands::run(args) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {

@@ -130,12 +130,9 @@ impl Opener {
     }
 
     fn open(&mut self, field: &str, resource: Resource, options: &OpenOptions) -> Result<OwnedFd, ConfigError> {
-        let failed =
-            |what: String| move |source| ConfigError::Open { field: field.to_owned(), what, source };
+        let failed = |what: String| move |source| ConfigError::Open { field: field.to_owned(), what, source };
         match resource {
-            Resource::Path(path) => {
-                options.open(&path).map(OwnedFd::from).map_err(failed(path.display().to_string()))
-            }
+            Resource::Path(path) => options.open(&path).map(OwnedFd::from).map_err(failed(path.display().to_string())),
             Resource::Fd(fd) => self.inherit(fd).map_err(failed(format!("descriptor {fd}"))),
             Resource::Attached(index) => self
                 .attached
@@ -312,7 +309,18 @@ impl Settings {
         if let Some(twice) = all.into_iter().find(|id| !ids.insert(id.as_str())) {
             return Err(refuse("disks, shares", format!("the name \"{twice}\" is there twice")));
         }
-        Ok(Self { cpus: config.cpus, memory_mib, kernel, initrd, cmdline, console, debug_console, vsock, disks, shares })
+        Ok(Self {
+            cpus: config.cpus,
+            memory_mib,
+            kernel,
+            initrd,
+            cmdline,
+            console,
+            debug_console,
+            vsock,
+            disks,
+            shares,
+        })
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{IntoRawFd, OwnedFd};
 use std::os::fd::FromRawFd;
+use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
@@ -179,7 +179,9 @@ impl Vm {
                 capability.args[0] = u64::from(layout::IO_APIC_PINS);
                 self.fd.enable_cap(&capability).map_err(setup("create the local APICs"))
             }
-            Interrupts::MessagesAndLines => self.fd.create_irq_chip().map_err(setup("create the interrupt controllers")),
+            Interrupts::MessagesAndLines => {
+                self.fd.create_irq_chip().map_err(setup("create the interrupt controllers"))
+            }
         }
     }
 
@@ -231,8 +233,7 @@ impl Vm {
                 entries.push(message_route(gsi, *message));
             }
         }
-        let table =
-            KvmIrqRouting::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::ENOSPC))?;
+        let table = KvmIrqRouting::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::ENOSPC))?;
         self.fd.set_gsi_routing(&table)
     }
 }

@@ -76,7 +76,8 @@ pub fn load_kernel(memory: &GuestMemory, file: &File) -> Result<Kernel, LoadErro
             continue;
         }
         let end = segment.p_paddr.checked_add(segment.p_memsz);
-        let Some(end) = end.filter(|_| segment.p_filesz <= segment.p_memsz && segment.p_paddr >= layout::HIGH_RAM_START)
+        let Some(end) =
+            end.filter(|_| segment.p_filesz <= segment.p_memsz && segment.p_paddr >= layout::HIGH_RAM_START)
         else {
             return Err(LoadError::NotElf("a segment lies at an impossible address"));
         };

@@ -8,8 +8,8 @@ use std::process::ExitCode as ProcessExit;
 
 use hull_vmm::args::{self, Command, ConfigSource, RunArgs};
 use hull_vmm::config::Settings;
-use hull_vmm::{log, probe};
 use hull_vmm::vm::{build, driver};
+use hull_vmm::{log, probe};
 use hull_vmm_api::exit::ExitCode;
 
 /// Largest configuration, in bytes, that is read.
@@ -59,7 +59,7 @@ fn run(arguments: &RunArgs) -> Result<ExitCode, Failure> {
     let host = failure(ExitCode::Failed);
     let signals = driver::block_signals().map_err(|error| host(&format_args!("cannot block signals: {error}")))?;
     prepare_descriptors();
-    let mut take = |fd: Option<RawFd>, option: &str| fd.map(|fd| inherit(fd, option)).transpose();
+    let take = |fd: Option<RawFd>, option: &str| fd.map(|fd| inherit(fd, option)).transpose();
     let tethers = driver::Tethers {
         control: take(arguments.control_fd, "--control-fd")?.map(UnixListener::from),
         lifeline: take(arguments.lifeline_fd, "--lifeline-fd")?.map(File::from),

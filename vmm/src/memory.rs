@@ -9,7 +9,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
 
 use crate::arch::layout::{self, PAGE_SIZE};
 use crate::virtio::device::GuestMemory;
@@ -67,9 +69,8 @@ pub fn allocate(size_bytes: u64) -> Result<GuestMemory, MemoryError> {
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
         )
         .map_err(|error| map(io::Error::other(error)))?;
-        regions.push(GuestRegionMmap::new(mapping, GuestAddress(range.start)).ok_or_else(|| {
-            MemoryError::OutOfRange { start: range.start, end: range.end }
-        })?);
+        let out_of_range = MemoryError::OutOfRange { start: range.start, end: range.end };
+        regions.push(GuestRegionMmap::new(mapping, GuestAddress(range.start)).ok_or(out_of_range)?);
     }
     Ok(Arc::new(GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)?))
 }

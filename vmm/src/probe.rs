@@ -80,8 +80,7 @@ fn count() -> std::io::Result<(u64, Duration)> {
     extern "C" fn interrupt(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     register_signal_handler(SIGRTMIN(), interrupt).map_err(std::io::Error::from)?;
 
-    let memory: GuestMemoryMmap =
-        GuestMemoryMmap::from_ranges(&[(CODE, 0x1000)]).map_err(std::io::Error::other)?;
+    let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(CODE, 0x1000)]).map_err(std::io::Error::other)?;
     memory.write_slice(&code(), CODE).map_err(std::io::Error::other)?;
     let vm = Kvm::new()?.create_vm()?;
     let region = kvm_bindings::kvm_userspace_memory_region {

@@ -362,7 +362,9 @@ impl Worker {
                 let what = self.describe_internal_error();
                 self.give_up(what)
             }
-            Ok(VcpuExit::FailEntry(reason, _)) => self.give_up(format!("entry to the guest failed, reason {reason:#x}")),
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                self.give_up(format!("entry to the guest failed, reason {reason:#x}"))
+            }
             Ok(VcpuExit::SystemEvent(event, _)) => {
                 let outcome = match event {
                     kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => Outcome::PoweredOff,
@@ -386,7 +388,9 @@ impl Worker {
                 }
                 // A processor that waits to be started has nothing to run yet.
                 libc::EAGAIN => Reason::Interrupted,
-                libc::EFAULT => self.give_up("guest memory cannot be accessed; was a mapped file truncated?".to_owned()),
+                libc::EFAULT => {
+                    self.give_up("guest memory cannot be accessed; was a mapped file truncated?".to_owned())
+                }
                 _ => self.give_up(error.to_string()),
             },
         }

@@ -75,8 +75,13 @@ impl Cgroup {
     /// Gives the children of this cgroup every controller that it has itself.
     pub(crate) fn enable_controllers(&self) -> Result<()> {
         let controllers = self.read("cgroup.controllers").step("read the cgroup's controllers")?;
-        for controller in controllers.split_whitespace() {
-            if let Err(error) = self.write("cgroup.subtree_control", &format!("+{controller}")) {
+        let all: Vec<_> = controllers.split_whitespace().map(|controller| format!("+{controller}")).collect();
+        if self.write("cgroup.subtree_control", &all.join(" ")).is_ok() {
+            return Ok(());
+        }
+        // One that refuses keeps all others from being enabled by one write.
+        for controller in all {
+            if let Err(error) = self.write("cgroup.subtree_control", &controller) {
                 tracing::warn!("cgroup controller {controller}: {error}");
             }
         }
@@ -151,7 +156,7 @@ impl Cgroup {
     }
 }
 
-/// A cgroup file that tells when it changes (cgroup-v2.rst, "[un]populated Notification").
+/// A cgroup file that tells when it changes (cgroup-v2.rst, "Populated Notification").
 pub(crate) struct Watched(AsyncFd<OwnedFd>);
 
 impl Watched {

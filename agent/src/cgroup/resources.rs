@@ -91,12 +91,10 @@ fn plan(resources: &LinuxResources, cpu_max: &str) -> Result<Vec<Write>> {
     for limit in resources.hugepage_limits().iter().flatten() {
         plan_hugepages(limit, &mut writes)?;
     }
-    if let Some(network) = resources.network() {
-        if network.class_id().is_some_and(|class| class != 0)
-            || network.priorities().as_ref().is_some_and(|p| !p.is_empty())
-        {
-            return Err(Error::invalid("linux.resources.network", "cgroup version 2 has no such control"));
-        }
+    let network = resources.network().as_ref();
+    let class_id = network.and_then(|network| network.class_id()).unwrap_or(0);
+    if class_id != 0 || network.is_some_and(|network| network.priorities().iter().flatten().next().is_some()) {
+        return Err(Error::invalid("linux.resources.network", "cgroup version 2 has no such control"));
     }
     if resources.rdma().as_ref().is_some_and(|rdma| !rdma.is_empty()) {
         return Err(Error::invalid("linux.resources.rdma", "the guest has no such devices"));

@@ -63,7 +63,7 @@ pub(crate) async fn run(request: Request, descriptors: Vec<OwnedFd>) -> Result<O
     rustix::io::ioctl_fionbio(&ours, true).step("prepare the helper's socket")?;
     let socket = crate::sys::watch(ours, Interest::READABLE).step("watch the helper's socket")?;
     let answer = socket
-        .async_io(Interest::READABLE, |socket| Ok(message::receive_answer(socket)?))
+        .async_io(Interest::READABLE, |socket| message::receive_answer(socket))
         .await
         .step("hear from the helper")?;
     let Some((answer, terminal)) = answer else {

@@ -42,8 +42,14 @@ const LATE: [Mount; 7] = [
     Mount { fstype: "mqueue", target: "/dev/mqueue", flags: STRICT, data: c"" },
     Mount { fstype: "tmpfs", target: "/run", flags: MountFlags::NOSUID.union(MountFlags::NODEV), data: c"mode=0755" },
     Mount { fstype: "tmpfs", target: "/tmp", flags: MountFlags::NOSUID.union(MountFlags::NODEV), data: c"mode=1777" },
-    // Children are protected as far as their parent is; limits of a delegated cgroup are not its processes' to change.
-    Mount { fstype: "cgroup2", target: "/sys/fs/cgroup", flags: STRICT, data: c"nsdelegate,memory_recursiveprot" },
+    // Children are protected as far as their parent is; limits of a delegated cgroup are not its processes' to change;
+    // moving a process, which every container and exec does, does not wait for a grace period of RCU (8 ms of 24).
+    Mount {
+        fstype: "cgroup2",
+        target: "/sys/fs/cgroup",
+        flags: STRICT,
+        data: c"nsdelegate,memory_recursiveprot,favordynmods",
+    },
     Mount { fstype: "bpf", target: "/sys/fs/bpf", flags: STRICT, data: c"mode=0700" },
 ];
 

@@ -100,7 +100,9 @@ impl Guest {
         let path = |name: &str| directory.path().join(name);
         make_root(&path("root"));
         let cgroup = format!("/hull-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let agent = Command::new(env!("CARGO_BIN_EXE_hull-agent"))
+        // HULL_AGENT has another build of the agent tried, the static one of a guest say.
+        let agent = std::env::var("HULL_AGENT").unwrap_or_else(|_| env!("CARGO_BIN_EXE_hull-agent").into());
+        let agent = Command::new(agent)
             .arg("--no-init")
             .args(["--listen", &format!("unix:{}", path("rpc").display())])
             .args(["--streams", &format!("unix:{}", path("streams").display())])

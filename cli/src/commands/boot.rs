@@ -24,8 +24,7 @@ pub(super) fn run(args: Boot, host: &Host) -> Outcome {
         memory_mib: args.memory,
         input: args.console,
     };
-    let raw_mode =
-        if args.console && terminal::is_interactive() { Some(terminal::RawMode::enter()?) } else { None };
+    let raw_mode = if args.console && terminal::is_interactive() { Some(terminal::RawMode::enter()?) } else { None };
     let exit = bare::run(host, &config)?;
     drop(raw_mode);
     if exit.orderly { Ok(0) } else { Err(format!("the virtual machine {}", exit.reason).into()) }

@@ -152,7 +152,7 @@ impl Msix {
     /// The guest writes `data` at `offset` of the table: aligned halves of 4 bytes, one or two; all else is undefined
     /// (section 6.8.2) and ignored.
     pub fn write_table(&mut self, offset: usize, data: &[u8]) {
-        if offset % data.len().max(1) != 0 || !matches!(data.len(), 4 | 8) {
+        if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(data.len()) {
             return;
         }
         let index = offset / ENTRY_SIZE;
@@ -174,9 +174,9 @@ impl Msix {
         for (index, byte) in data.iter_mut().enumerate() {
             let first = (offset + index) * 8;
             let vectors = self.vectors.0.iter().skip(first).take(8);
-            *byte = (0..).zip(vectors).fold(0, |bits, (bit, vector)| {
-                bits | u8::from(vector.pending.load(Ordering::SeqCst)) << bit
-            });
+            *byte = (0..)
+                .zip(vectors)
+                .fold(0, |bits, (bit, vector)| bits | u8::from(vector.pending.load(Ordering::SeqCst)) << bit);
         }
     }
 

@@ -131,9 +131,9 @@ impl PciRoot {
     fn at_bar(&self, address: u64, access: impl FnOnce(&mut dyn PciFunction, u64)) -> bool {
         let slots = self.slots();
         for slot in slots.iter().flatten() {
-            let offset = address.wrapping_sub(slot.bar.load(Ordering::Acquire));
-            if offset < BAR_SIZE {
-                access(&mut *lock(&slot.function), offset);
+            let bar = slot.bar.load(Ordering::Acquire);
+            if bar != NOWHERE && address.wrapping_sub(bar) < BAR_SIZE {
+                access(&mut *lock(&slot.function), address - bar);
                 return true;
             }
         }

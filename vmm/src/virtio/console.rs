@@ -55,7 +55,13 @@ impl Console {
     /// A device served by `event_loop`. Neither file need be non-blocking.
     #[must_use]
     pub fn new(event_loop: Arc<EventLoop>, output: File, input: Option<File>) -> Self {
-        Self { event_loop, output: Arc::new(output), input: input.map(Arc::new), completed: Arc::default(), active: None }
+        Self {
+            event_loop,
+            output: Arc::new(output),
+            input: input.map(Arc::new),
+            completed: Arc::default(),
+            active: None,
+        }
     }
 }
 
@@ -87,7 +93,8 @@ impl VirtioDevice for Console {
             watching_input: false,
             completed: self.completed.clone(),
         };
-        let kicks = [(worker.receive.kick().as_raw_fd(), TAG_RECEIVE), (worker.transmit.kick().as_raw_fd(), TAG_TRANSMIT)];
+        let kicks =
+            [(worker.receive.kick().as_raw_fd(), TAG_RECEIVE), (worker.transmit.kick().as_raw_fd(), TAG_TRANSMIT)];
         let worker = Arc::new(Mutex::new(worker));
         let registration = self.event_loop.add(worker.clone());
         for (kick, tag) in kicks {

@@ -201,6 +201,8 @@ pub struct VirtQueue {
     memory: GuestMemory,
     kick: Arc<EventFd>,
     interrupt: Arc<dyn Interrupt>,
+    /// Whether something was pushed since the driver was last notified.
+    pushed: bool,
     broken: bool,
 }
 
@@ -220,7 +222,7 @@ impl VirtQueue {
         if !queue.is_valid(&*memory) {
             return Err(QueueError::Ring);
         }
-        Ok(Self { index, queue, memory, kick, interrupt, broken: false })
+        Ok(Self { index, queue, memory, kick, interrupt, pushed: false, broken: false })
     }
 
     /// Its place among the device's queues.
@@ -306,6 +308,7 @@ impl VirtQueue {
 
     /// Returns a chain to the driver with the number of bytes written to it. [`notify`](Self::notify) later.
     pub fn push(&mut self, head: u16, written: u32) {
+        self.pushed = true;
         if !self.broken && self.queue.add_used(&*self.memory, head, written).is_err() {
             self.break_down(&QueueError::Ring);
         }
@@ -313,7 +316,7 @@ impl VirtQueue {
 
     /// Interrupts the driver if it wants to hear of what was pushed since the last call.
     pub fn notify(&mut self) {
-        if self.broken {
+        if self.broken || !std::mem::take(&mut self.pushed) {
             return;
         }
         match self.queue.needs_notification(&*self.memory) {
@@ -412,6 +415,20 @@ mod tests {
         b.driver.offer(0);
         let chain = b.device.pop().unwrap();
         assert_eq!((chain.head(), chain.readable_len(), chain.writable_len()), (0, 16, 32));
+    }
+
+    #[test]
+    fn the_driver_is_not_interrupted_for_nothing() {
+        let mut b = bench();
+        b.device.notify();
+        let head = b.driver.add(&[(BUFFERS, 8, true)]);
+        assert!(b.device.pop().is_some());
+        b.device.notify();
+        assert!(b.interrupt.queues.lock().unwrap().is_empty());
+        b.device.push(head, 0);
+        b.device.notify();
+        b.device.notify();
+        assert_eq!(*b.interrupt.queues.lock().unwrap(), [3]);
     }
 
     #[test]

@@ -78,9 +78,8 @@ impl VirtioDevice for Rng {
     }
 
     fn save(&self) -> DeviceState {
-        let state = |(worker, _): &(Arc<Mutex<Worker>>, _)| {
-            worker.lock().unwrap_or_else(PoisonError::into_inner).queue.state()
-        };
+        let state =
+            |(worker, _): &(Arc<Mutex<Worker>>, _)| worker.lock().unwrap_or_else(PoisonError::into_inner).queue.state();
         DeviceState { queues: vec![self.active.as_ref().map(state)], private: Vec::new() }
     }
 

@@ -98,8 +98,7 @@ pub fn build(settings: Settings, kvm: Option<OwnedFd>) -> Result<Machine, BuildE
     let ending = Arc::new(Ending::new().map_err(host("create an event descriptor"))?);
     let kvm = kvm::open(kvm)?;
     let memory = memory::allocate(settings.memory_mib << 20)?;
-    let interrupts =
-        if settings.debug_console.is_some() { Interrupts::MessagesAndLines } else { Interrupts::Messages };
+    let interrupts = if settings.debug_console.is_some() { Interrupts::MessagesAndLines } else { Interrupts::Messages };
     let cpus = settings.cpus.max;
     let vm = Vm::new(&kvm, memory.clone(), interrupts, cpus)?;
 
@@ -184,8 +183,7 @@ fn add_vcpus(machine: &mut Machine, count: u8, entry: u64) -> Result<(), BuildEr
         }
         let topology = CpuTopology { index, count, tsc_khz };
         let cpuid = cpuid::adapt(machine.vm().supported_cpuid(), topology).map_err(BuildError::Cpuid)?;
-        vcpu.set_cpuid2(&cpuid)
-            .map_err(|source| registers::RegisterError { what: "CPUID", source })?;
+        vcpu.set_cpuid2(&cpuid).map_err(|source| registers::RegisterError { what: "CPUID", source })?;
         registers::set_up(&vcpu, (index == 0).then_some(entry))?;
         let (board, ending) = (machine.board().clone(), machine.ending().clone());
         machine.vcpus_mut().add(vcpu, board, ending)?;

@@ -208,12 +208,7 @@ impl Aml for PanicDevice {
                 &aml::Name::new("_HID".into(), &"QEMU0001"),
                 &aml::Name::new(
                     "_CRS".into(),
-                    &aml::ResourceTemplate::new(vec![&aml::IO::new(
-                        layout::PORT_PVPANIC,
-                        layout::PORT_PVPANIC,
-                        1,
-                        1,
-                    )]),
+                    &aml::ResourceTemplate::new(vec![&aml::IO::new(layout::PORT_PVPANIC, layout::PORT_PVPANIC, 1, 1)]),
                 ),
             ],
         )

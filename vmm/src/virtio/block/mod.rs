@@ -1,6 +1,6 @@
 //! The block device (virtio 1.3, section 5.2): a raw image or a block device of the host as the guest's disk.
 //!
-//! [`request`] says what a request means, `disk` does it on the host, and `worker` moves requests from the queue to one
+//! `request` says what a request means, `disk` does it on the host, and `worker` moves requests from the queue to one
 //! of two engines: `uring`, or `threaded` where the host forbids io_uring. The device's thread lives from `activate` or
 //! `resume` to `deactivate` or `pause`; it hands its queue back when it ends, so a paused device has no thread and
 //! nothing in flight.

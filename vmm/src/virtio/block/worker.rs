@@ -50,6 +50,7 @@ impl Worker {
     }
 
     fn run(mut self) -> Self {
+        without_size_signal();
         let engine = if self.shared.try_uring { uring::Engine::new(&self.shared.disk) } else { None };
         match engine {
             Some(engine) => engine.run(&mut self),
@@ -114,6 +115,17 @@ impl Running {
         let worker = self.thread.join().ok();
         let _ = self.shared.stop.read();
         worker
+    }
+}
+
+/// Spares the calling thread the signal that a write beyond the process's file size limit brings: an error will do.
+fn without_size_signal() {
+    // SAFETY: the signal set lives here; affects this thread alone.
+    unsafe {
+        let mut signals = std::mem::zeroed();
+        libc::sigemptyset(&raw mut signals);
+        libc::sigaddset(&raw mut signals, libc::SIGXFSZ);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut());
     }
 }
 

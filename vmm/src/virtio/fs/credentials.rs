@@ -5,6 +5,8 @@
 //! supplementary groups that the host does not know of. `CAP_FSETID` alone comes and goes: without it, a write clears the
 //! set-user-ID bits, which is what the guest asks for when the writer lacks it (`FUSE_HANDLE_KILLPRIV_V2`).
 //!
+//! A process that may not change its identity makes all files as itself; what the guest then may do is what that user may.
+//!
 //! All is per thread, and changed only when it differs from what is wanted: a run of requests by one user costs no
 //! system call.
 
@@ -13,6 +15,8 @@ use std::io;
 use super::host::Host;
 
 const CAP_FSETID: u32 = 4;
+const CAP_SETGID: u32 = 6;
+const CAP_SETUID: u32 = 7;
 const SECBIT_NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 
@@ -36,6 +40,8 @@ pub(super) struct Credentials {
     home: (u32, u32),
     now: (u32, u32),
     umask: u32,
+    /// Whether the thread may take on another identity at all.
+    may_change: bool,
     /// Whether a change of identity leaves capabilities alone; else the thread must go back home after each request.
     keeps_capabilities: bool,
     capabilities: [CapabilitySet; 2],
@@ -57,8 +63,9 @@ impl Credentials {
                 bits >= 0 && libc::prctl(libc::PR_SET_SECUREBITS, bits as libc::c_ulong | SECBIT_NO_SETUID_FIXUP) == 0;
             ((libc::geteuid(), libc::getegid()), kept)
         };
-        let has_fsetid = capabilities[0].effective & 1 << CAP_FSETID != 0;
-        Self { host, home, now: home, umask: 0, keeps_capabilities, capabilities, has_fsetid }
+        let has = |capability: u32| capabilities[0].effective & 1 << capability != 0;
+        let (may_change, has_fsetid) = (has(CAP_SETUID) && has(CAP_SETGID), has(CAP_FSETID));
+        Self { host, home, now: home, umask: 0, may_change, keeps_capabilities, capabilities, has_fsetid }
     }
 
     /// Makes what is created from now on belong to this user and group, with `umask` where no default ACL replaces it.
@@ -67,7 +74,7 @@ impl Credentials {
             self.host.set_umask(umask);
             self.umask = umask;
         }
-        if self.now != (uid, gid) {
+        if self.may_change && self.now != (uid, gid) {
             self.switch(uid, gid)?;
         }
         Ok(())

@@ -77,10 +77,15 @@ impl Host {
         Ok(Self { descriptors: DESCRIPTORS.get_or_init(|| fd).as_raw_fd() })
     }
 
-    /// Gives the calling thread a working directory and a umask of its own, which the calls here rely on.
+    /// Gives the calling thread a working directory and a umask of its own, which the calls here rely on, and spares it
+    /// the signal that a write beyond the process's file size limit brings: an error will do.
     pub(super) fn enter_thread(self) -> io::Result<()> {
-        // SAFETY: no pointers. `fchdir` only affects this thread once the thread has its own file system context.
+        // SAFETY: the signal set lives here. `fchdir` only affects this thread once it has its own file system context.
         unsafe {
+            let mut signals = std::mem::zeroed();
+            libc::sigemptyset(&raw mut signals);
+            libc::sigaddset(&raw mut signals, libc::SIGXFSZ);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut());
             check(libc::unshare(libc::CLONE_FS))?;
             check(libc::fchdir(self.descriptors))?;
             libc::umask(0);

@@ -2,8 +2,7 @@
 //!
 //! A node is found on the host by its *place*, a name in its parent node, or by its *anchor*, a descriptor opened
 //! with `O_PATH`. Places are cheap, so that a guest may know a million files; anchors are exact, so there is one where
-//! a place is no longer, or where a file is worked with. At most [`MAX_ANCHORS`] are kept, least recently used go
-//! first. What is found at a place must be the file that was there before, or the node is stale (`ESTALE`), upon which a
+//! a place is no longer, or where a file is worked with. A bounded number is kept, those not used lately go first. What is found at a place must be the file that was there before, or the node is stale (`ESTALE`), upon which a
 //! guest looks the name up anew.
 //!
 //! ```text
@@ -23,8 +22,6 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use super::host::{Host, Stat};
 
-/// Most anchors that are kept beyond the request that needed them.
-pub(super) const MAX_ANCHORS: usize = 4096;
 /// Most files without a place that are kept; those beyond become stale.
 const MAX_UNPLACED: usize = 4096;
 /// Longest way up from a node: `PATH_MAX` holds no more names.
@@ -72,6 +69,7 @@ pub(super) struct Inodes {
     free: Vec<Slot>,
     by_key: HashMap<Key, Slot>,
     max_nodes: usize,
+    max_anchors: usize,
     anchors: usize,
     unplaced: usize,
     hand: usize,
@@ -105,8 +103,9 @@ fn stale() -> io::Error {
 }
 
 impl Inodes {
-    /// A table that holds the root alone, and at most `max_nodes` files later.
-    pub(super) fn new(host: Host, root: OwnedFd, stat: &Stat, max_nodes: usize) -> Self {
+    /// A table that holds the root alone, and at most `max_nodes` files later, of which `max_anchors` have a descriptor
+    /// beyond the request that needed it.
+    pub(super) fn new(host: Host, root: OwnedFd, stat: &Stat, max_nodes: usize, max_anchors: usize) -> Self {
         let node = Node {
             key: Key::new(stat),
             birth: stat.birth,
@@ -123,6 +122,7 @@ impl Inodes {
             entries: vec![Entry { generation: 0, node: Some(node) }],
             free: Vec::new(),
             max_nodes,
+            max_anchors,
             anchors: 0,
             unplaced: 0,
             hand: 0,
@@ -383,11 +383,11 @@ impl Inodes {
         }
     }
 
-    /// Drops anchors beyond [`MAX_ANCHORS`]. To be called between requests.
+    /// Drops anchors beyond their bound. To be called between requests.
     pub(super) fn trim(&mut self) {
         // A few steps at a time: a request makes few anchors, too.
         for _ in 0..64 {
-            if self.anchors <= MAX_ANCHORS {
+            if self.anchors <= self.max_anchors {
                 return;
             }
             self.hand = (self.hand + 1) % self.entries.len();
@@ -541,5 +541,122 @@ fn gone(error: io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENOTDIR) => stale(),
         _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::CString;
+    use std::fs::{self, File};
+
+    use super::*;
+
+    fn table(max_nodes: usize, max_anchors: usize) -> (tempfile::TempDir, Inodes) {
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::new().unwrap();
+        let fd: OwnedFd = File::open(root.path()).unwrap().into();
+        let stat = host.stat(fd.as_raw_fd()).unwrap();
+        (root, Inodes::new(host, fd, &stat, max_nodes, max_anchors))
+    }
+
+    fn enter(inodes: &mut Inodes, parent: Slot, name: &str) -> io::Result<Slot> {
+        let name = CString::new(name).unwrap();
+        let directory = inodes.anchor(parent)?;
+        let stat = inodes.host.stat_at(directory, &name)?;
+        inodes.enter(&stat, Some((parent, &name)), None)
+    }
+
+    #[test]
+    fn anchors_are_bounded_and_come_back() {
+        let (root, mut inodes) = table(1000, 20);
+        let slots: Vec<_> = (0..300)
+            .map(|i| {
+                fs::create_dir(root.path().join(i.to_string())).unwrap();
+                let slot = enter(&mut inodes, ROOT, &i.to_string()).unwrap();
+                inodes.anchor(slot).unwrap();
+                inodes.trim();
+                slot
+            })
+            .collect();
+        assert!(inodes.anchors() <= 20, "{}", inodes.anchors());
+        for slot in slots {
+            assert!(inodes.anchor(slot).is_ok());
+            inodes.trim();
+        }
+        while inodes.sweep() {}
+        assert_eq!((inodes.len(), inodes.anchors()), (301, 0));
+    }
+
+    #[test]
+    fn a_table_that_is_full_takes_no_more() {
+        let (root, mut inodes) = table(3, 20);
+        for name in ["a", "b", "c"] {
+            fs::write(root.path().join(name), "").unwrap();
+        }
+        let first = enter(&mut inodes, ROOT, "a").unwrap();
+        assert_eq!(enter(&mut inodes, ROOT, "b").unwrap(), Slot(2));
+        assert_eq!(enter(&mut inodes, ROOT, "c").unwrap_err().raw_os_error(), Some(libc::ENFILE));
+        let number = inodes.number(first);
+        inodes.forget(first, 1);
+        assert!(inodes.resolve(number).is_err());
+        assert_eq!(enter(&mut inodes, ROOT, "c").unwrap(), first);
+        assert!(inodes.resolve(number).is_err(), "the slot is the same, the number is not");
+    }
+
+    #[test]
+    fn a_parent_outlives_what_is_placed_in_it() {
+        let (root, mut inodes) = table(100, 20);
+        fs::create_dir_all(root.path().join("a/b/c")).unwrap();
+        let a = enter(&mut inodes, ROOT, "a").unwrap();
+        let b = enter(&mut inodes, a, "b").unwrap();
+        let c = enter(&mut inodes, b, "c").unwrap();
+        inodes.forget(a, 1);
+        inodes.forget(b, 1);
+        while inodes.sweep() {}
+        assert!(inodes.anchor(c).is_ok());
+        inodes.forget(c, 1);
+        assert_eq!((inodes.len(), inodes.anchors()), (1, 0));
+    }
+
+    #[test]
+    fn directories_that_the_host_turns_inside_out_make_no_circle() {
+        let (root, mut inodes) = table(100, 20);
+        let at = |path: &str| root.path().join(path);
+        fs::create_dir_all(at("a/b")).unwrap();
+        let a = enter(&mut inodes, ROOT, "a").unwrap();
+        let b = enter(&mut inodes, a, "b").unwrap();
+        inodes.anchor(b).unwrap();
+        fs::rename(at("a/b"), at("b")).unwrap();
+        fs::rename(at("a"), at("b/a")).unwrap();
+        assert_eq!(enter(&mut inodes, b, "a").unwrap(), a);
+        assert!(inodes.node(b).unwrap().place().is_none());
+        while inodes.sweep() {}
+        assert!(inodes.anchor(a).is_ok());
+        assert_eq!(enter(&mut inodes, ROOT, "b").unwrap(), b);
+        for (slot, lookups) in [(a, 2), (b, 2)] {
+            inodes.forget(slot, lookups);
+        }
+        assert_eq!((inodes.len(), inodes.anchors(), inodes.unplaced), (1, 0, 0));
+    }
+
+    #[test]
+    fn a_table_that_shrank_gives_no_number_twice() {
+        let (root, mut inodes) = table(10_000, 20);
+        fs::write(root.path().join("f"), "").unwrap();
+        let mut stat = inodes.host.stat_at(inodes.anchor(ROOT).unwrap(), c"f").unwrap();
+        let slots: Vec<_> = (0..5000)
+            .map(|_| {
+                stat.attr.st_ino += 1;
+                inodes.enter(&stat, Some((ROOT, c"x")), None).unwrap()
+            })
+            .collect();
+        let numbers: Vec<_> = slots.iter().map(|slot| inodes.number(*slot)).collect();
+        for slot in slots {
+            inodes.forget(slot, 1);
+        }
+        inodes.sweep();
+        assert!(inodes.entries.len() < 10 && inodes.free.is_empty());
+        let again = enter(&mut inodes, ROOT, "f").unwrap();
+        assert!(!numbers.contains(&inodes.number(again)));
     }
 }

@@ -11,11 +11,12 @@
 //!
 //! **The guest cannot leave the root.** It names files by a node that it was told of and a name in it, never by a path;
 //! `.`, `..` and names with a slash are refused; symbolic links are the guest's to follow; every name is opened with
-//! `O_NOFOLLOW` for standing only (`O_PATH`), and for reading or writing only once it is known to be a regular file or a directory.
+//! `O_NOFOLLOW` to stand for the file only (`O_PATH`), and for reading or writing only once it is known to be a regular file or a directory.
 //!
 //! **What it may hold.** Open files: half of the process's limit of descriptors, which is raised to its maximum
 //! ([`Fs::new`]). Known files: one per KiB of guest memory, no more than a guest has room for itself; they take no
-//! descriptor but for the 4,096 used last and those removed while in use.
+//! descriptor but for the 4,096 used last (less where the limit is low), which a sweep every ten seconds
+//! gives back, and those removed while in use.
 
 mod credentials;
 mod directories;
@@ -66,6 +67,8 @@ const GUEST_BYTES_PER_NODE: u64 = 1024;
 const LEAST_NODES: u64 = 65_536;
 /// Files that a share takes over from a saved VM at most: with less than 4 GiB of memory no guest knows more.
 const MOST_SAVED_NODES: usize = 4 << 20;
+/// Descriptors that stand for known files, at most: each pins an inode of the host.
+const MOST_ANCHORS: u64 = 4096;
 /// Handles that any share may have, however low the limit of descriptors.
 const LEAST_HANDLES: u64 = 256;
 
@@ -120,8 +123,11 @@ impl Fs {
         config[TAG_BYTES..].copy_from_slice(&(QUEUES.len() as u32 - 1).to_le_bytes());
         let host = Host::new().map_err(FsError::Proc)?;
         let descriptors = host::raise_descriptor_limit();
-        let handles = (descriptors / 2).max(LEAST_HANDLES).min(u64::from(u32::MAX)) as usize;
-        let bounds = Bounds { nodes: MOST_SAVED_NODES, handles };
+        let bounds = Bounds {
+            nodes: MOST_SAVED_NODES,
+            anchors: (descriptors / 8).min(MOST_ANCHORS) as usize,
+            handles: (descriptors / 2).clamp(LEAST_HANDLES, u64::from(u32::MAX)) as usize,
+        };
         let state = State::new(host, root, Policy::new(cache), read_only, &bounds).map_err(FsError::Root)?;
         let share = Arc::new(Share::new(state));
         Ok(Self {

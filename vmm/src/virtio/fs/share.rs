@@ -1,8 +1,16 @@
 //! A share as the FUSE server of fuse-backend-rs calls it: one short method for each request, the work in [`State`].
 //!
-//! That crate's own `PassthroughFs` is not used. It opens its root and mount points by path, keeps a descriptor per
-//! file or needs `CAP_DAC_READ_SEARCH` over the host, drops supplementary groups and default ACLs, and takes `..`;
-//! `docs/decisions` has the whole list.
+//! That crate's own `PassthroughFs` (0.14) is not used. It
+//!
+//! - opens its root, and the root of each mount that it meets, by an absolute path, and reads `/proc/self/mountinfo`;
+//! - keeps a descriptor for each file that the guest knows, or else opens by file handle, which takes
+//!   `CAP_DAC_READ_SEARCH` over the host and a file system that has handles, which an overlay has not;
+//! - becomes the user who asks with all that it loses: supplementary groups do not count, devices cannot be made;
+//! - applies the umask itself, so that default ACLs do not replace it, and offers no ACLs;
+//! - looks up `..`, passes `open` flags on unseen (`O_TRUNC` on a file opened for reading, `O_TMPFILE`), hides `.` and `..`;
+//! - gives each mount of one file system a node of its own for one file, so that two containers that share a volume
+//!   do not meet on its sockets or in its page cache;
+//! - bounds neither handles nor files.
 
 use std::ffi::CStr;
 use std::io;

@@ -41,6 +41,8 @@ pub(super) struct State {
 pub(super) struct Bounds {
     /// Files that the guest knows.
     pub(super) nodes: usize,
+    /// Descriptors that stand for known files.
+    pub(super) anchors: usize,
     /// Files that the guest has open.
     pub(super) handles: usize,
 }
@@ -55,7 +57,7 @@ impl State {
             host,
             policy,
             read_only,
-            inodes: Inodes::new(host, root, &stat, bounds.nodes),
+            inodes: Inodes::new(host, root, &stat, bounds.nodes, bounds.anchors),
             handles: Handles::new(bounds.handles),
             features: 0,
             devices: HashMap::from([(stat.attr.st_dev, 0)]),

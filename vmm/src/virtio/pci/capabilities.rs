@@ -81,7 +81,7 @@ impl WindowCapability {
         let offset = config.u32_at(self.at + WINDOW_OFFSET);
         let length = config.u32_at(self.at + WINDOW_LENGTH);
         // Section 4.1.4.9.1: the length is 1, 2 or 4, and the offset a multiple of it.
-        let valid = matches!(length, 1 | 2 | 4) && offset % length == 0 && length as usize <= len;
+        let valid = matches!(length, 1 | 2 | 4) && offset.is_multiple_of(length) && length as usize <= len;
         valid.then_some((u64::from(offset), length as usize))
     }
 }

@@ -9,3 +9,5 @@ pub mod capabilities;
 pub mod common;
 pub mod function;
 pub mod signals;
+#[cfg(test)]
+mod tests;

@@ -24,7 +24,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::mux::{GuestPorts, Mux, Queues};
-use super::device::{ActivateError, Activation, DeviceKind, DeviceState, RestoreError, VirtioDevice, read_config_bytes};
+use super::device::{
+    ActivateError, Activation, DeviceKind, DeviceState, RestoreError, VirtioDevice, read_config_bytes,
+};
 use crate::config::VsockSettings;
 use crate::event_loop::{EventLoop, Registration};
 

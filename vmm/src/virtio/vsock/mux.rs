@@ -279,7 +279,7 @@ impl Mux {
         }
     }
 
-    fn host_event(&mut self, index: usize, events: EventSet, watcher: &Watcher) {
+    pub(super) fn host_event(&mut self, index: usize, events: EventSet, watcher: &Watcher) {
         let Some(stream) = self.streams.get_mut(index).and_then(Option::as_mut) else { return };
         let readable = events.intersects(EventSet::IN | EventSet::READ_HANG_UP);
         let hung_up = events.intersects(EventSet::HANG_UP | EventSet::ERROR);

@@ -103,7 +103,8 @@ mod tests {
     #[test]
     fn the_header_has_the_size_and_order_of_the_specification() {
         assert_eq!(HEADER_BYTES, 44);
-        let header = Header { src_port: 0x0102_0304, kind: 0x0506, op: 0x0708, fwd_cnt: 0x090a_0b0c, ..Header::default() };
+        let header =
+            Header { src_port: 0x0102_0304, kind: 0x0506, op: 0x0708, fwd_cnt: 0x090a_0b0c, ..Header::default() };
         let bytes = header.as_slice();
         assert_eq!(bytes[16..20], [4, 3, 2, 1]);
         assert_eq!(bytes[28..32], [6, 5, 8, 7]);

@@ -547,7 +547,8 @@ mod tests {
     fn greetings_are_parsed_strictly() {
         assert_eq!(parse_greeting(b"CONNECT 1024"), Some(1024));
         assert_eq!(parse_greeting(b"CONNECT 4294967295"), Some(u32::MAX));
-        for bad in [&b"CONNECT 4294967296"[..], b"CONNECT ", b"CONNECT +1", b"CONNECT -1", b"connect 1", b"CONNECT 1 "] {
+        for bad in [&b"CONNECT 4294967296"[..], b"CONNECT ", b"CONNECT +1", b"CONNECT -1", b"connect 1", b"CONNECT 1 "]
+        {
             assert_eq!(parse_greeting(bad), None);
         }
     }

@@ -383,9 +383,13 @@ fn every_connection_gets_its_turn() {
     for (client, _) in &mut clients {
         client.write_all(&[1; 20_000]).unwrap();
     }
+    // All become readable before anyone gets to send.
+    for index in 0..4 {
+        b.mux.lock().unwrap().host_event(index, EventSet::IN, b.registration.watcher());
+    }
     let mut first = Vec::new();
     for _ in 0..4 {
-        first.push({ b.expect(op::RW).0.src_port });
+        first.push(b.expect(op::RW).0.src_port);
     }
     first.sort_unstable();
     first.dedup();

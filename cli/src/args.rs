@@ -96,7 +96,7 @@ pub(crate) struct Run {
     #[arg(long, value_name = "DIR")]
     pub rootfs: Option<PathBuf>,
     /// How long the guest may take to come up, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, overrides_with = "boot_timeout")]
     pub boot_timeout: u64,
     /// Words to add to the guest kernel's command line
     #[arg(long, value_name = "WORDS", default_value = "", hide_default_value = true)]

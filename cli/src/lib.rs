@@ -1,6 +1,6 @@
 //! The `hull` command: containers in virtual machines of their own, without a daemon.
 //!
-//! [`commands`] has one file per verb. The process of a `hull run` owns its sandbox ([`supervise`]); every other verb reads the
+//! `commands` has one file per verb. The process of a `hull run` owns its sandbox (`supervise`); every other verb reads the
 //! registry and talks to the sandbox's sockets.
 #![forbid(unsafe_code)]
 

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 /// Through a pipe each way. The lab moves some tens of MiB a second, so this is what a test can afford there; HULL_TEST_STREAM_MIB
 /// asks for more.
 fn stream_mib() -> usize {
-    std::env::var("HULL_TEST_STREAM_MIB").map_or(256, |text| text.parse().expect("a number of MiB"))
+    std::env::var("HULL_TEST_STREAM_MIB").map_or(64, |text| text.parse().expect("a number of MiB"))
 }
 
 /// Bytes that do not repeat soon.

@@ -65,7 +65,7 @@ fn a_guest_that_never_answers() {
         "--boot-timeout",
         "3",
         "--kernel-params",
-        "rdinit=/nothing panic=0",
+        "rdinit=/nothing root=/dev/none rootwait",
         &busybox(),
         "true",
     ]);

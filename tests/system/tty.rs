@@ -34,7 +34,7 @@ fn job_control_works() {
     terminal.run_something();
     terminal.type_in("\x1a");
     terminal.wait_for("Stopped");
-    terminal.type_in("jobs; kill %1; exit 0\n");
+    terminal.type_in("jobs; kill -9 %1; wait; exit 0\n");
     terminal.wait_for("exec sleep 1000");
     assert_eq!(terminal.finish(), 0);
 }

@@ -34,9 +34,13 @@ fn job_control_works() {
     terminal.run_something();
     terminal.type_in("\x1a");
     terminal.wait_for("Stopped");
-    terminal.type_in("jobs; kill -9 %1; wait; exit 0\n");
-    terminal.wait_for("exec sleep 1000");
-    assert_eq!(terminal.finish(), 0);
+    terminal.type_in("fg\n");
+    terminal.wait_for("\ncontinued");
+    terminal.type_in("\x03");
+    terminal.wait_for("# ");
+    terminal.type_in("echo status $?; exit 7\n");
+    terminal.wait_for("status 130");
+    assert_eq!(terminal.finish(), 7);
 }
 
 #[test]

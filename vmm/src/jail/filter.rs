@@ -124,6 +124,7 @@ const ALLOWED: [&[libc::c_long]; 6] = [
         libc::SYS_openat,
         libc::SYS_readlinkat,
         libc::SYS_removexattr,
+        libc::SYS_renameat,
         libc::SYS_renameat2,
         libc::SYS_setfsgid,
         libc::SYS_setfsuid,

@@ -58,17 +58,20 @@ def resident_kib(pid, memory_mib):
             elif line.startswith("Rss:"):
                 mappings[-1][2] = int(line.split()[1])
     size = memory_mib << 20
-    # The range starts where adjoining mappings come to the guest's size.
+    found = []
+    # Adjoining mappings that come to the guest's size. The C library reserves ranges of such sizes too, of which little is
+    # resident.
     for index, (start, _, _) in enumerate(mappings):
-        end = start
-        for lower, upper, _ in mappings[index:]:
+        end, resident = start, 0
+        for lower, upper, rss in mappings[index:]:
             if lower != end or end - start >= size:
                 break
-            end = upper
+            end, resident = upper, resident + rss
         if end - start == size:
-            guest = sum(rss for lower, upper, rss in mappings if start <= lower and upper <= end)
-            return guest, sum(rss for _, _, rss in mappings) - guest
-    raise SystemExit(f"no range of {memory_mib} MiB among the mappings of the VMM")
+            found.append(resident)
+    if not found:
+        raise SystemExit(f"no range of {memory_mib} MiB among the mappings of the VMM")
+    return max(found), sum(rss for _, _, rss in mappings) - max(found)
 
 
 def runc_bundle(directory):

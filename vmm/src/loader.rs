@@ -21,6 +21,9 @@ const ELFCLASS64: u8 = 2;
 const EI_DATA: usize = 5;
 const ELFDATA2LSB: u8 = 1;
 
+/// `PF_X` in a segment's flags.
+const EXECUTABLE: u32 = 1;
+
 /// Most program headers that are looked at. A kernel has about five.
 const MAX_PROGRAM_HEADERS: u16 = 64;
 
@@ -84,8 +87,8 @@ pub fn load_kernel(memory: &GuestMemory, file: &File) -> Result<Kernel, LoadErro
         if !memory.address_in_range(vm_memory::GuestAddress(end - 1)) {
             return Err(LoadError::PlaceKernel(MemoryError::OutOfRange { start: segment.p_paddr, end }));
         }
-        memory::place_file(memory, segment.p_paddr, file, segment.p_offset, segment.p_filesz)
-            .map_err(LoadError::PlaceKernel)?;
+        let place = if segment.p_flags & EXECUTABLE != 0 { memory::copy_file } else { memory::place_file };
+        place(memory, segment.p_paddr, file, segment.p_offset, segment.p_filesz).map_err(LoadError::PlaceKernel)?;
         range = Some(match range {
             Some(range) => range.start.min(segment.p_paddr)..range.end.max(end),
             None => segment.p_paddr..end,
@@ -139,6 +142,6 @@ pub fn load_initrd(memory: &GuestMemory, file: &File, kernel: &Kernel) -> Result
     let Some(start) = start.filter(|start| *start >= kernel.range.end) else {
         return Err(LoadError::NoRoomForInitrd { initrd_mib: len.div_ceil(1 << 20) });
     };
-    memory::place_file(memory, start, file, 0, len).map_err(LoadError::PlaceInitrd)?;
+    memory::copy_file(memory, start, file, 0, len).map_err(LoadError::PlaceInitrd)?;
     Ok(start..start + len)
 }

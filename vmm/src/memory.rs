@@ -96,6 +96,52 @@ pub fn place_file(memory: &GuestMemory, at: u64, file: &File, offset: u64, len: 
     read_file(memory, last_page, file, offset + (last_page - at), end - last_page)
 }
 
+/// Copies `len` bytes of `file` from `offset` on to guest address `at`: for what the guest will write to, in large pages
+/// where the host has them, since it is much cheaper to copy at once than to fault in each page, first to be read and then to be
+/// written.
+///
+/// # Errors
+///
+/// When the range is not in RAM, or the file cannot be read.
+pub fn copy_file(memory: &GuestMemory, at: u64, file: &File, offset: u64, len: u64) -> Result<(), MemoryError> {
+    let end = at.saturating_add(len);
+    let slices = memory.get_slices(GuestAddress(at), usize::try_from(len).unwrap_or(usize::MAX));
+    let mut offset = offset;
+    for slice in slices {
+        let slice = slice.map_err(|_| MemoryError::OutOfRange { start: at, end })?;
+        let guard = slice.ptr_guard_mut();
+        // Advice, which a host without large pages does not take.
+        advise_large_pages(guard.as_ptr(), slice.len());
+        let mut done = 0;
+        while done < slice.len() {
+            // SAFETY: the kernel writes into guest memory, which the slice keeps mapped, and which nothing but raw and
+            // volatile accesses refer to.
+            let count = unsafe {
+                libc::pread(file.as_raw_fd(), guard.as_ptr().add(done).cast(), slice.len() - done, offset as libc::off_t)
+            };
+            match usize::try_from(count) {
+                Ok(0) => return Err(MemoryError::ReadFile(io::ErrorKind::UnexpectedEof.into())),
+                Ok(count) => {
+                    done += count;
+                    offset += count as u64;
+                }
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(MemoryError::ReadFile(error)),
+                },
+            }
+        }
+    }
+    Ok(())
+}
+
+fn advise_large_pages(start: *mut u8, len: usize) {
+    let page = PAGE_SIZE as usize;
+    let lead = start.addr() % page;
+    // SAFETY: the pages belong to guest memory, and the advice changes nothing that can be seen.
+    unsafe { libc::madvise(start.sub(lead).cast(), (lead + len).next_multiple_of(page), libc::MADV_HUGEPAGE) };
+}
+
 /// Maps whole pages of `file` over RAM. All arguments are multiples of the page size.
 fn map_file(memory: &GuestMemory, at: u64, file: &File, offset: u64, len: u64) -> Result<(), MemoryError> {
     let out_of_range = MemoryError::OutOfRange { start: at, end: at + len };

@@ -8,6 +8,7 @@ Each timing is the median of several runs after one that warms the page cache an
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -92,7 +93,9 @@ def runc_bundle(directory):
 
 
 def main():
-    image = f"{sys.argv[1]}/busybox"
+    # A share's answers take as long as the lab's host likes.
+    image = "/dev/shm/busybox"
+    shutil.copytree(f"{sys.argv[1]}/busybox", image)
     figures = {}
 
     def add(name, value, unit):

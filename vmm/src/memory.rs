@@ -100,45 +100,85 @@ pub fn place_file(memory: &GuestMemory, at: u64, file: &File, offset: u64, len: 
 /// where the host has them, since it is much cheaper to copy at once than to fault in each page, first to be read and then to be
 /// written.
 ///
+/// The file must not be truncated meanwhile: that would kill the process.
+///
 /// # Errors
 ///
-/// When the range is not in RAM, or the file cannot be read.
+/// When the range is not in RAM, or the file cannot be mapped.
 pub fn copy_file(memory: &GuestMemory, at: u64, file: &File, offset: u64, len: u64) -> Result<(), MemoryError> {
     let end = at.saturating_add(len);
-    let slices = memory.get_slices(GuestAddress(at), usize::try_from(len).unwrap_or(usize::MAX));
-    let mut offset = offset;
-    for slice in slices {
+    let source = Window::open(file, offset, len)?;
+    let mut rest = source.bytes();
+    for slice in memory.get_slices(GuestAddress(at), rest.len()) {
         let slice = slice.map_err(|_| MemoryError::OutOfRange { start: at, end })?;
         let guard = slice.ptr_guard_mut();
-        // Advice, which a host without large pages does not take.
         advise_large_pages(guard.as_ptr(), slice.len());
-        let mut done = 0;
-        while done < slice.len() {
-            // SAFETY: the kernel writes into guest memory, which the slice keeps mapped, and which nothing but raw and
-            // volatile accesses refer to.
-            let count = unsafe {
-                libc::pread(file.as_raw_fd(), guard.as_ptr().add(done).cast(), slice.len() - done, offset as libc::off_t)
-            };
-            match usize::try_from(count) {
-                Ok(0) => return Err(MemoryError::ReadFile(io::ErrorKind::UnexpectedEof.into())),
-                Ok(count) => {
-                    done += count;
-                    offset += count as u64;
-                }
-                Err(_) => match io::Error::last_os_error() {
-                    error if error.kind() == io::ErrorKind::Interrupted => {}
-                    error => return Err(MemoryError::ReadFile(error)),
-                },
-            }
-        }
+        let (piece, behind) = rest.split_at(slice.len());
+        slice.copy_from(piece);
+        rest = behind;
     }
     Ok(())
+}
+
+/// A piece of a file, mapped to be read. Copying from it takes the processor's widest moves, which the kernel, asked to read a
+/// file, does without.
+struct Window {
+    start: *mut libc::c_void,
+    mapped: usize,
+    /// Where the piece begins in the mapping, and its length.
+    lead: usize,
+    len: usize,
+}
+
+impl Window {
+    fn open(file: &File, offset: u64, len: u64) -> Result<Self, MemoryError> {
+        let invalid = || MemoryError::MapFile(io::ErrorKind::InvalidInput.into());
+        // Pages behind the end of the file would be mapped as well, and kill the process on their first use.
+        let file_len = file.metadata().map_err(MemoryError::MapFile)?.len();
+        if offset.checked_add(len).is_none_or(|end| end > file_len) {
+            return Err(MemoryError::ReadFile(io::ErrorKind::UnexpectedEof.into()));
+        }
+        let lead = (offset % PAGE_SIZE) as usize;
+        let len = usize::try_from(len).map_err(|_| invalid())?;
+        let mapped = lead.checked_add(len).ok_or_else(invalid)?;
+        if len == 0 {
+            return Ok(Self { start: std::ptr::null_mut(), mapped: 0, lead: 0, len: 0 });
+        }
+        let offset = libc::off_t::try_from(offset - lead as u64).map_err(|_| invalid())?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_POPULATE;
+        // SAFETY: a new mapping; it replaces nothing.
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), mapped, libc::PROT_READ, flags, file.as_raw_fd(), offset) };
+        if start == libc::MAP_FAILED {
+            return Err(MemoryError::MapFile(io::Error::last_os_error()));
+        }
+        Ok(Self { start, mapped, lead, len })
+    }
+
+    fn bytes(&self) -> &[u8] {
+        if self.len == 0 {
+            return &[];
+        }
+        // SAFETY: the bytes lie in the mapping, which lives as long as `self`. It is private and read-only; that nobody
+        // truncates the file is the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.start.cast::<u8>().add(self.lead), self.len) }
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        if self.mapped > 0 {
+            // SAFETY: this is the whole of the mapping, and no borrow of it is left.
+            unsafe { libc::munmap(self.start, self.mapped) };
+        }
+    }
 }
 
 fn advise_large_pages(start: *mut u8, len: usize) {
     let page = PAGE_SIZE as usize;
     let lead = start.addr() % page;
-    // SAFETY: the pages belong to guest memory, and the advice changes nothing that can be seen.
+    // SAFETY: the pages belong to guest memory, and the advice changes nothing that can be seen. A host without large pages
+    // does not take it.
     unsafe { libc::madvise(start.sub(lead).cast(), (lead + len).next_multiple_of(page), libc::MADV_HUGEPAGE) };
 }
 
@@ -244,6 +284,9 @@ mod tests {
             assert_eq!(read(&memory, at, len), bytes[offset..offset + len]);
             assert_eq!(read(&memory, at - 8, 8), [0; 8]);
             assert_eq!(read(&memory, at + len as u64, 8), [0; 8]);
+            let copy = allocate(1 << 20).unwrap();
+            copy_file(&copy, at, &file, offset as u64, len as u64).unwrap();
+            assert_eq!(read(&copy, 0, 1 << 20), read(&memory, 0, 1 << 20));
         }
     }
 
@@ -265,6 +308,9 @@ mod tests {
         assert!(matches!(place_file(&memory, 0, &file, 0, 12288), Err(MemoryError::ReadFile(_))));
         assert!(matches!(place_file(&memory, 0xf_f000, &file, 0, 8192), Err(MemoryError::OutOfRange { .. })));
         assert!(matches!(place_file(&memory, u64::MAX, &file, 0, 8192), Err(MemoryError::OutOfRange { .. })));
+        assert!(matches!(copy_file(&memory, 0, &file, 0, 12288), Err(MemoryError::ReadFile(_))));
+        assert!(matches!(copy_file(&memory, 0xf_f000, &file, 0, 8192), Err(MemoryError::OutOfRange { .. })));
+        assert!(copy_file(&memory, 0, &file, 8192, 0).is_ok());
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod containers;
 mod exec;
 mod isolation;
 mod lifecycle;
+mod memory;
 mod output;
 mod streams;
 mod tty;

@@ -21,7 +21,7 @@ const MAX_SERIAL_BYTES: usize = 20;
 /// Longest device name; it stands in thread names and messages.
 const MAX_ID_BYTES: usize = 64;
 /// Names of the devices that a VM has one of.
-pub const RESERVED_IDS: [&str; 3] = ["console", "rng", "vsock"];
+pub const RESERVED_IDS: [&str; 4] = ["console", "rng", "balloon", "vsock"];
 /// Least context identifier of a guest (virtio 1.3, section 5.10.4): those below have fixed meanings.
 const MIN_GUEST_CID: u32 = 3;
 
@@ -382,7 +382,9 @@ mod tests {
     fn devices_need_names_of_their_own() {
         let share = |id: &str| serde_json::json!({"id": id, "tag": "t", "root": {"path": "/"}});
         assert!(problem(|json| json["shares"] = serde_json::json!([share("a"), share("a")])).contains("\"a\""));
-        assert!(problem(|json| json["shares"] = serde_json::json!([share("rng")])).contains("rng"));
+        for id in RESERVED_IDS {
+            assert!(problem(|json| json["shares"] = serde_json::json!([share(id)])).contains(id));
+        }
         assert!(problem(|json| json["shares"] = serde_json::json!([share("")])).starts_with("shares[0].id"));
         assert_eq!(config(|json| json["shares"] = serde_json::json!([share("a")])).unwrap().shares.len(), 1);
     }

@@ -89,7 +89,7 @@ pub enum State {
 pub struct Device {
     /// Its name.
     pub id: String,
-    /// Its virtio kind: `block`, `fs`, `vsock`, `console`, `rng`.
+    /// Its virtio kind: `block`, `fs`, `vsock`, `console`, `rng`, `balloon`.
     pub kind: String,
     /// PCI address as Linux writes it.
     pub pci_address: String,

@@ -37,6 +37,8 @@ pub enum DeviceKind {
     Console = 3,
     /// Section 5.4.
     Rng = 4,
+    /// Section 5.5.
+    Balloon = 5,
     /// Section 5.10.
     Vsock = 19,
     /// Section 5.11.
@@ -51,6 +53,7 @@ impl DeviceKind {
             Self::Block => "block",
             Self::Console => "console",
             Self::Rng => "rng",
+            Self::Balloon => "balloon",
             Self::Vsock => "vsock",
             Self::Fs => "fs",
         }

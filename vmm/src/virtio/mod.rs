@@ -3,6 +3,7 @@
 //!
 //! A device knows nothing of PCI or KVM: the transport hands it its queues and an [`device::Interrupt`].
 
+pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod device;

@@ -22,6 +22,7 @@ use crate::memory::{self, MemoryError};
 use crate::outcome::{Ending, Outcome};
 use crate::pci::root::PciRoot;
 use crate::vcpu::{VcpuError, Vcpus};
+use crate::virtio::balloon::Balloon;
 use crate::virtio::block::Block;
 use crate::virtio::console::Console;
 use crate::virtio::device::VirtioDevice;
@@ -138,6 +139,7 @@ fn plug_devices(
         machine.plug("console", Box::new(Console::new(event_loop.clone(), output, input)))?;
     }
     machine.plug("rng", Box::new(Rng::new(event_loop.clone())))?;
+    machine.plug("balloon", Box::new(Balloon::new(event_loop.clone())))?;
     if let Some(settings) = vsock {
         let vsock = Vsock::new(event_loop, settings).map_err(|source| MachineError::Device {
             id: "vsock".to_owned(),

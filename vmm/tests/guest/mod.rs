@@ -250,7 +250,8 @@ fn kernel(steps: &[Step]) -> File {
     file
 }
 
-/// Settings of a VM with one processor that carries out `steps`, and no devices but rng at 00:01.0.
+/// Settings of a VM with one processor that carries out `steps`, and no devices but rng at 00:01.0 and the balloon at
+/// 00:02.0.
 pub(crate) fn settings(steps: &[Step]) -> Settings {
     Settings {
         cpus: CpusConfig { boot: 1, max: 1 },

@@ -202,7 +202,7 @@ fn identity(kind: DeviceKind) -> Identity {
         // Mass storage, other; simple communication, other; otherwise no class that fits.
         DeviceKind::Block | DeviceKind::Fs => 0x01_8000,
         DeviceKind::Console | DeviceKind::Vsock => 0x07_8000,
-        DeviceKind::Rng => 0xff_0000,
+        DeviceKind::Rng | DeviceKind::Balloon => 0xff_0000,
     };
     Identity {
         vendor: VENDOR,

@@ -121,6 +121,7 @@ impl Vmm {
                 cache: CachePolicy::Auto,
             }],
             disks: Vec::new(),
+            nets: Vec::new(),
         };
         let control = fds.add_number(listen(&sockets.control)?.into());
         let lifeline = fds.add_number(lifeline_read);
@@ -286,6 +287,7 @@ mod tests {
             vsock: None,
             shares: Vec::new(),
             disks: Vec::new(),
+            nets: Vec::new(),
         };
         let mut json = String::new();
         std::fs::File::from(config_file(&config).unwrap()).read_to_string(&mut json).unwrap();

@@ -14,6 +14,7 @@ mod events;
 mod helper;
 mod init;
 mod log;
+mod network;
 mod reaper;
 mod sandbox;
 mod server;

@@ -16,6 +16,7 @@ use crate::container::spec::set_sysctls;
 use crate::cpus;
 use crate::error::{Error, Result, Step};
 use crate::init;
+use crate::network::{self, Network};
 use crate::storage::Storage;
 
 /// Longest host name of Linux.
@@ -40,6 +41,8 @@ pub(crate) struct CreateRequest {
     pub(crate) entropy: Vec<u8>,
     pub(crate) storages: Vec<Storage>,
     pub(crate) sysctls: HashMap<String, String>,
+    /// None leaves interfaces alone.
+    pub(crate) network: Option<Network>,
 }
 
 pub(crate) struct Stats {
@@ -75,6 +78,9 @@ impl Sandbox {
         }
         if self.is_guest {
             init::mount_on_demand();
+        }
+        if let Some(network) = request.network {
+            spawn_blocking(move || network::set_up(&network)).await.step("set up the network").flatten()?;
         }
         set_sysctls(&request.sysctls)?;
         for storage in request.storages {

@@ -5,6 +5,7 @@
 
 mod container;
 mod convert;
+mod network;
 mod sandbox;
 mod status;
 

@@ -11,7 +11,7 @@ use hull_protocol::agent_ttrpc::SandboxService;
 use tokio::task::spawn_blocking;
 use ttrpc::r#async::TtrpcContext;
 
-use super::{Services, convert, detached};
+use super::{Services, convert, detached, network};
 use crate::error::{Error, Step};
 use crate::{cpus, devices, sandbox};
 
@@ -42,6 +42,7 @@ impl SandboxService for Services {
             entropy: request.entropy,
             storages: convert::storages(request.storages)?,
             sysctls: request.sysctls,
+            network: request.network.into_option().map(network::network).transpose()?,
         };
         detached(async move { sandbox.create(request).await }).await?;
         Ok(Empty::new())

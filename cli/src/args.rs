@@ -86,6 +86,9 @@ pub(crate) struct Run {
     /// Show a file or directory of the host to the container
     #[arg(short, long, value_name = "SRC:DST[:ro]")]
     pub volume: Vec<String>,
+    /// The container's network: none, or all interfaces of a network namespace such as netns:/run/netns/NAME
+    #[arg(long, value_name = "NETWORK", default_value = "none")]
+    pub net: String,
     /// The container's host name; by default its identifier
     #[arg(long, value_name = "NAME")]
     pub hostname: Option<String>,

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use hull_protocol::agent as wire;
 use hull_protocol::agent::{CreateSandboxRequest, Storage, storage};
 use hull_protocol::{MAX_ENTROPY_BYTES, SHARE_MOUNT_POINT, SHARE_TAG};
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -10,6 +11,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use crate::agent::{Agent, AgentError, answer, short};
 use crate::config::{ConfigError, SandboxConfig};
 use crate::host::{Host, HostError};
+use crate::network::{self, Attachment, Network, NetworkError};
 use crate::registry::{Claim, Registry, RegistryError};
 use crate::share::{Share, ShareError};
 use crate::vmm::{Sockets, Vmm, VmmError};
@@ -35,6 +37,9 @@ pub enum SandboxError {
     /// The tree that the guest sees.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The VMM.
     #[error(transparent)]
     Vmm(#[from] VmmError),
@@ -89,6 +94,7 @@ pub struct Running {
 #[derive(Debug)]
 struct Parts {
     vmm: Vmm,
+    network: Option<Attachment>,
     share: Share,
     claim: Claim,
 }
@@ -96,6 +102,7 @@ struct Parts {
 impl Parts {
     async fn abandon(mut self) {
         self.vmm.kill().await;
+        drop(self.network.take());
         let removed = self.share.remove().map_err(SandboxError::from);
         if let Err(error) = removed.and_then(|()| Ok(self.claim.remove()?)) {
             tracing::warn!("left behind: {error}");
@@ -138,14 +145,26 @@ impl Configured {
                 return Err(error.into());
             }
         };
-        match Vmm::spawn(&host, &config, &sockets, share.root()) {
-            Ok(vmm) => Ok(Booting { config, parts: Parts { vmm, share, claim }, sockets }),
+        let started = attach(&config, claim.dir()).and_then(|mut network| {
+            let taps = network.as_mut().map(Attachment::take_taps).unwrap_or_default();
+            Ok((Vmm::spawn(&host, &config, &sockets, share.root(), taps)?, network))
+        });
+        match started {
+            Ok((vmm, network)) => Ok(Booting { config, parts: Parts { vmm, network, share, claim }, sockets }),
             Err(error) => {
                 share.remove()?;
                 claim.remove()?;
-                Err(error.into())
+                Err(error)
             }
         }
+    }
+}
+
+/// Takes the network that is wanted, with a queue for each of the guest's CPUs.
+fn attach(config: &SandboxConfig, dir: &Path) -> Result<Option<Attachment>, SandboxError> {
+    match &config.network {
+        Network::None => Ok(None),
+        Network::Namespace(path) => Ok(Some(network::attach(path, config.cpus.into(), dir)?)),
     }
 }
 
@@ -211,15 +230,20 @@ impl Booting {
             }
             Some(true) => {}
         }
+        let network = self.parts.network.as_mut().map(Attachment::take_description);
         tokio::select! {
             biased;
-            agent = configure_guest(&self.sockets.vsock, &self.config.hostname) => agent,
+            agent = configure_guest(&self.sockets.vsock, &self.config.hostname, network) => agent,
             ended = vmm.wait() => Err(ended.into()),
         }
     }
 }
 
-async fn configure_guest(socket: &Path, hostname: &str) -> Result<(Agent, u64), SandboxError> {
+async fn configure_guest(
+    socket: &Path,
+    hostname: &str,
+    network: Option<wire::Network>,
+) -> Result<(Agent, u64), SandboxError> {
     let (agent, hello) = Agent::connect(socket).await?;
     let mut entropy = vec![0; ENTROPY_BYTES];
     getrandom(&mut entropy[..], GetRandomFlags::empty()).map_err(|errno| SandboxError::Random(errno.into()))?;
@@ -234,6 +258,7 @@ async fn configure_guest(socket: &Path, hostname: &str) -> Result<(Agent, u64), 
             mount_point: SHARE_MOUNT_POINT.to_owned(),
             ..Default::default()
         }],
+        network: network.into(),
         ..Default::default()
     };
     answer("CreateSandbox", agent.sandbox.create_sandbox(short(), &request).await)?;
@@ -285,6 +310,7 @@ impl Running {
             tracing::warn!("the guest did not power off within {} s", SHUTDOWN_TIMEOUT.as_secs());
         }
         self.parts.vmm.kill().await;
+        drop(self.parts.network.take());
         self.parts.share.remove()?;
         let sockets = Sockets::in_dir(self.parts.claim.dir());
         for socket in [sockets.vsock, sockets.control] {

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use hull_sandbox::config::{SandboxConfig, check_name};
 use hull_sandbox::container::Streams;
 use hull_sandbox::host::Host;
+use hull_sandbox::network::Network;
 use hull_sandbox::registry::{Phase, Record};
 use hull_sandbox::share::{RootSource, Volume, enter_mount_namespace};
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -128,6 +129,7 @@ fn plan(args: Run, host: Host) -> Result<Prepared, Error> {
         memory_mib: args.memory,
         hostname,
         kernel_params: args.kernel_params,
+        network: parse_network(&args.net)?,
         boot_timeout: Duration::from_secs(args.boot_timeout),
     };
     let attach = if args.detached_owner { Attach::Nowhere } else { Attach::Own };
@@ -211,6 +213,15 @@ pub(super) fn streams(options: &ProcessOptions) -> Result<Streams, Error> {
     Ok(Streams::Terminal { columns, rows })
 }
 
+/// Reads `none` or `netns:PATH`.
+fn parse_network(text: &str) -> Result<Network, Error> {
+    match text.split_once(':') {
+        None if text == "none" => Ok(Network::None),
+        Some(("netns", path)) if !path.is_empty() => Ok(Network::Namespace(std::path::absolute(path)?)),
+        _ => Err(format!("{text} is no network; use none or netns:PATH").into()),
+    }
+}
+
 /// Reads `SRC:DST[:ro]`.
 fn parse_volume(text: &str) -> Result<(Volume, String), Error> {
     let mut parts = text.split(':');
@@ -290,6 +301,15 @@ mod tests {
         assert!(parse_volume("/:/data:ro").unwrap().0.read_only);
         for text in ["", "/", "/:data", "/:/", "/:/a/../b", "/:/a:rx", "/:/a:ro:z", "/no/such/thing:/a"] {
             assert!(parse_volume(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn networks_are_none_or_a_namespace() {
+        assert_eq!(parse_network("none").unwrap(), Network::None);
+        assert_eq!(parse_network("netns:/run/netns/a:b").unwrap(), Network::Namespace("/run/netns/a:b".into()));
+        for text in ["", "netns", "netns:", "host", "none:"] {
+            assert!(parse_network(text).is_err(), "{text:?}");
         }
     }
 

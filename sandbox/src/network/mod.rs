@@ -1,0 +1,334 @@
+//! A sandbox's network: what a network namespace has, carried into the guest.
+//!
+//! Each interface of the namespace gets a tap beside it, and what arrives at one leaves by the other. The interface
+//! itself stays as it is, with its addresses, so any CNI plugin, and any policy on the host's side of it, works as it
+//! does without a VM. The guest gets an interface of the same name, address and size for each, with the same addresses,
+//! routes and neighbours.
+//!
+//! ```text
+//!   CNI's end ─── eth0 ──(ingress: redirect)──▶ hull0 ───▶ virtio-net of the guest
+//!                  ▲                              │
+//!                  └───────(redirect: ingress)────┘
+//! ```
+//!
+//! **Ends.** Taps go with their last descriptor, which the VMM has. The filters are removed when [`Attachment`] is dropped. An
+//! owner that is killed leaves the filter at the interface, and a note in its directory by which [`sweep`] finds it; the next
+//! sandbox that gets the namespace removes it too.
+//!
+//! **Threads.** A namespace is entered by a thread that ends afterwards. What is done later goes through a socket that the
+//! thread leaves behind, which keeps speaking of that namespace.
+
+mod describe;
+mod error;
+mod netlink;
+mod redirect;
+mod sysctls;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use hull_protocol::agent as wire;
+use hull_sandbox_sys::tap::{self, Tap};
+use hull_vmm_api::config::{MAX_NET_QUEUES, MacAddress};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rustix::fs::{Mode, OFlags};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use serde::{Deserialize, Serialize};
+
+use self::describe::Link;
+pub use self::error::NetworkError;
+use self::netlink::Netlink;
+use self::redirect::Found;
+
+/// Most interfaces of a sandbox: half of the places on the guest's bus.
+const MAX_INTERFACES: usize = 16;
+/// How taps are named; the kernel fills in a number.
+const TAP_PATTERN: &str = "hull%d";
+/// The file in a sandbox's directory that says what is to be undone.
+const NOTE: &str = "network.json";
+
+/// Where a sandbox's network comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Network {
+    /// Nowhere: the guest has a loopback interface.
+    #[default]
+    None,
+    /// Every interface of this network namespace but its loopback, given by a path such as `/run/netns/NAME`.
+    Namespace(PathBuf),
+}
+
+/// A tap for the VMM.
+#[derive(Debug)]
+pub(crate) struct TapInterface {
+    pub(crate) queues: Vec<OwnedFd>,
+    pub(crate) mac: MacAddress,
+    pub(crate) mtu: Option<u16>,
+}
+
+/// A namespace whose traffic goes to a sandbox, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Attachment {
+    netlink: Netlink,
+    /// Indices of interfaces that may have a filter.
+    redirected: Vec<u32>,
+    taps: Vec<TapInterface>,
+    description: wire::Network,
+    note: PathBuf,
+}
+
+/// What [`sweep`] needs to know.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Note {
+    namespace: PathBuf,
+    /// The namespace's identity: another one may come to have the same path.
+    identity: (u64, u64),
+    interfaces: Vec<u32>,
+}
+
+/// Takes all interfaces of the namespace at `path` for the sandbox whose directory is `dir`, with up to this many queues
+/// each.
+pub(crate) fn attach(path: &Path, queues: usize, dir: &Path) -> Result<Attachment, NetworkError> {
+    let namespace = open(path)?;
+    let identity = identity(&namespace).map_err(|source| NetworkError::Open { path: path.to_owned(), source })?;
+    let own = std::fs::File::open("/proc/thread-self/ns/net").and_then(|own| self::identity(&own));
+    if own.is_ok_and(|own| own == identity) {
+        return Err(NetworkError::Host(path.to_owned()));
+    }
+    let note = Note { namespace: path.to_owned(), identity, interfaces: Vec::new() };
+    let queues = queues.clamp(1, MAX_NET_QUEUES);
+    inside(path, &namespace, || take(note, queues, dir.join(NOTE)))?
+}
+
+/// Undoes what the dead owner of the sandbox whose directory is `dir` did to a namespace. Trouble is logged: the namespace
+/// is somebody else's, and most often gone.
+pub(crate) fn sweep(dir: &Path) {
+    let path = dir.join(NOTE);
+    let Ok(json) = std::fs::read(&path) else { return };
+    let Ok(note) = serde_json::from_slice::<Note>(&json) else {
+        tracing::warn!("{} is damaged; its network is left as it is", path.display());
+        return;
+    };
+    let Ok(namespace) = open(&note.namespace) else { return };
+    if identity(&namespace).is_ok_and(|identity| identity != note.identity) {
+        return;
+    }
+    let undone = inside(&note.namespace, &namespace, || {
+        let mut netlink = Netlink::open().map_err(namespace_step("open a netlink socket"))?;
+        remove_all(&mut netlink, &note.interfaces);
+        Ok(())
+    });
+    if let Err(error) = undone.flatten() {
+        tracing::warn!("left behind: {error}");
+    }
+}
+
+fn namespace_step(step: &'static str) -> impl Fn(io::Error) -> NetworkError {
+    move |source| NetworkError::Namespace { step, source }
+}
+
+fn interface_step<'a>(name: &'a str, step: &'static str) -> impl Fn(io::Error) -> NetworkError + 'a {
+    move |source| NetworkError::Interface { name: name.to_owned(), step, source }
+}
+
+fn open(path: &Path) -> Result<OwnedFd, NetworkError> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|errno| NetworkError::Open { path: path.to_owned(), source: errno.into() })
+}
+
+fn identity(namespace: &impl AsFd) -> io::Result<(u64, u64)> {
+    let stat = rustix::fs::fstat(namespace)?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
+/// Does `work` on a thread in the namespace.
+fn inside<T: Send>(path: &Path, namespace: &OwnedFd, work: impl FnOnce() -> T + Send) -> Result<T, NetworkError> {
+    let enter = |source| NetworkError::Enter { path: path.to_owned(), source };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("network".to_owned()).spawn_scoped(scope, || {
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+            Ok(work())
+        });
+        let outcome = thread.map_err(enter)?.join();
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map_err(enter)
+    })
+}
+
+/// In the namespace: reads what is there, and puts a tap beside each interface.
+fn take(mut note: Note, queues: usize, note_path: PathBuf) -> Result<Attachment, NetworkError> {
+    let mut netlink = Netlink::open().map_err(namespace_step("open a netlink socket"))?;
+    let links = chosen(describe::links(&mut netlink).map_err(namespace_step("list the interfaces"))?)?;
+    let mut description =
+        describe::describe(&mut netlink, &links).map_err(namespace_step("read addresses, routes and neighbours"))?;
+    description.sysctls = sysctls::read(links.iter().map(|link| link.name.as_str()));
+    for link in &links {
+        let found = redirect::remove_stale(&mut netlink, link.index);
+        if found.map_err(interface_step(&link.name, "read its filters"))? == Found::Live {
+            return Err(NetworkError::Taken(link.name.clone()));
+        }
+    }
+    note.interfaces = links.iter().map(|link| link.index).collect();
+    write_note(&note_path, &note)?;
+    let mut attachment =
+        Attachment { netlink, redirected: note.interfaces, taps: Vec::new(), description, note: note_path };
+    for link in &links {
+        let tap = attachment.add_tap(link, queues)?;
+        attachment.taps.push(tap);
+    }
+    Ok(attachment)
+}
+
+/// The interfaces that the guest is to have. Those that are down carry nothing, such as the tunnels that some modules put
+/// into every namespace.
+fn chosen(links: Vec<Link>) -> Result<Vec<Link>, NetworkError> {
+    let indices: Vec<u32> = links.iter().map(|link| link.index).collect();
+    let unsupported = |link: &Link, reason| Err(NetworkError::Unsupported { name: link.name.clone(), reason });
+    let mut chosen = Vec::new();
+    for link in links {
+        // The bridge or bond above it is taken instead.
+        if link.is_loopback || !link.is_up || link.controller.is_some() {
+            continue;
+        }
+        if !link.is_ethernet || link.mac.len() != 6 {
+            return unsupported(&link, "it is not an Ethernet interface; take it down or out of the namespace");
+        }
+        if link.lower.is_some_and(|lower| indices.contains(&lower)) {
+            return unsupported(&link, "it sits on another interface of the namespace; make it on the host instead");
+        }
+        chosen.push(link);
+    }
+    if chosen.len() > MAX_INTERFACES {
+        return Err(NetworkError::TooMany { found: chosen.len(), most: MAX_INTERFACES });
+    }
+    Ok(chosen)
+}
+
+fn write_note(path: &Path, note: &Note) -> Result<(), NetworkError> {
+    let json = serde_json::to_vec(note).map_err(io::Error::from);
+    json.and_then(|json| std::fs::write(path, json))
+        .map_err(|source| NetworkError::Note { path: path.to_owned(), source })
+}
+
+impl Attachment {
+    /// The taps, in the order in which the description has the interfaces. Once.
+    pub(crate) fn take_taps(&mut self) -> Vec<TapInterface> {
+        std::mem::take(&mut self.taps)
+    }
+
+    /// What the guest is to have. Once.
+    pub(crate) fn take_description(&mut self) -> wire::Network {
+        std::mem::take(&mut self.description)
+    }
+
+    /// Makes a tap beside an interface and joins the two.
+    fn add_tap(&mut self, link: &Link, queues: usize) -> Result<TapInterface, NetworkError> {
+        let step = |step| interface_step(&link.name, step);
+        let mac = <[u8; 6]>::try_from(&link.mac[..]).ok().and_then(|mac| MacAddress::try_from(mac).ok());
+        let mac = mac.ok_or(NetworkError::Unsupported {
+            name: link.name.clone(),
+            reason: "its address is not that of one interface; give it another one",
+        })?;
+        let Tap { name, queues } = tap::create(TAP_PATTERN, queues).map_err(step("make a tap beside it"))?;
+        let tap = describe::links(&mut self.netlink)
+            .and_then(|links| links.into_iter().find(|link| link.name == name).ok_or(io::ErrorKind::NotFound.into()))
+            .map_err(step("find the tap beside it"))?
+            .index;
+        sysctls::disable_ipv6(&name).map_err(step("keep the tap beside it from speaking IPv6"))?;
+        let mut change = LinkMessage::default();
+        change.header.index = tap;
+        change.header.flags = LinkFlags::Up;
+        change.header.change_mask = LinkFlags::Up;
+        change.attributes.push(LinkAttribute::Mtu(link.mtu));
+        self.netlink
+            .call(RouteNetlinkMessage::SetLink(change), 0)
+            .map_err(step("bring up the tap beside it with its MTU"))?;
+        // First the way out, so that the first packet that comes in finds one for its answer.
+        redirect::add(&mut self.netlink, tap, link.index).map_err(step("redirect the guest's traffic to it"))?;
+        redirect::add(&mut self.netlink, link.index, tap).map_err(step("redirect its traffic to the guest"))?;
+        Ok(TapInterface { queues, mac, mtu: u16::try_from(link.mtu).ok() })
+    }
+}
+
+impl Drop for Attachment {
+    /// Lets the interfaces go. The taps go with the VMM.
+    fn drop(&mut self) {
+        remove_all(&mut self.netlink, &self.redirected);
+        // Gone with the sandbox's directory at the latest.
+        let _ = std::fs::remove_file(&self.note);
+    }
+}
+
+fn remove_all(netlink: &mut Netlink, indices: &[u32]) {
+    for &index in indices {
+        match redirect::remove(netlink, index) {
+            // An interface that has gone has taken its filters with it.
+            Err(error) if rustix::io::Errno::from_io_error(&error) == Some(rustix::io::Errno::NODEV) => {}
+            Err(error) => tracing::warn!("the filter at interface {index} is left behind: {error}"),
+            Ok(()) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(index: u32, name: &str) -> Link {
+        Link {
+            index,
+            name: name.to_owned(),
+            mac: vec![2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+            is_ethernet: true,
+            is_up: true,
+            is_loopback: false,
+            controller: None,
+            lower: None,
+        }
+    }
+
+    #[test]
+    fn what_is_down_or_belongs_to_a_bridge_is_not_taken() {
+        let links = vec![
+            Link { is_loopback: true, ..link(1, "lo") },
+            Link { is_up: false, is_ethernet: false, ..link(2, "tunl0") },
+            Link { controller: Some(4), ..link(3, "port") },
+            link(4, "br0"),
+            // Its number is that of an interface elsewhere.
+            Link { lower: Some(77), ..link(5, "eth0") },
+        ];
+        let names: Vec<_> = chosen(links).unwrap().into_iter().map(|link| link.name).collect();
+        assert_eq!(names, ["br0", "eth0"]);
+    }
+
+    #[test]
+    fn what_cannot_be_taken_is_named() {
+        let tunnel = Link { is_ethernet: false, ..link(2, "wg0") };
+        assert!(chosen(vec![tunnel]).unwrap_err().to_string().starts_with("interface wg0: it is not an Ethernet"));
+        let vlan = Link { lower: Some(2), ..link(3, "eth0.5") };
+        assert!(chosen(vec![link(2, "eth0"), vlan]).unwrap_err().to_string().starts_with("interface eth0.5: "));
+        let many = (1..=17).map(|index| link(index, "x")).collect();
+        assert!(matches!(chosen(many), Err(NetworkError::TooMany { found: 17, most: MAX_INTERFACES })));
+    }
+
+    #[test]
+    fn the_callers_own_network_is_never_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = attach(Path::new("/proc/self/ns/net"), 1, dir.path()).unwrap_err();
+        assert!(matches!(error, NetworkError::Host(_)), "{error}");
+        let error = attach(Path::new("/no/such/namespace"), 1, dir.path()).unwrap_err();
+        assert!(error.to_string().starts_with("cannot open the network namespace /no/such/namespace"), "{error}");
+        assert!(matches!(attach(Path::new("/dev/null"), 1, dir.path()), Err(NetworkError::Enter { .. })));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_sweep_of_nothing_does_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        sweep(dir.path());
+        std::fs::write(dir.path().join(NOTE), "{}").unwrap();
+        sweep(dir.path());
+    }
+}

@@ -1,0 +1,4 @@
+//! The system calls that the sandbox library makes and no safe crate offers, behind safe functions, so that the library
+//! itself can forbid `unsafe`.
+
+pub mod tap;

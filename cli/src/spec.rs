@@ -102,6 +102,11 @@ pub(crate) fn container(
             "namespaces": [
                 { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "cgroup" },
             ],
+            // As docker and podman: ping without a privilege of its own, and ports below 1024 for everybody.
+            "sysctl": {
+                "net.ipv4.ping_group_range": "0 2147483647",
+                "net.ipv4.ip_unprivileged_port_start": "0",
+            },
             "maskedPaths": [
                 "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
                 "/proc/sched_debug", "/proc/scsi", "/sys/firmware",

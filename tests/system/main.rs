@@ -5,6 +5,7 @@ mod containers;
 mod exec;
 mod isolation;
 mod lifecycle;
+mod network;
 mod output;
 mod streams;
 mod tty;

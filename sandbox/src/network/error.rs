@@ -79,7 +79,7 @@ fn advice(error: &io::Error) -> &'static str {
             "; it vanished while it was being taken, so something else is changing the namespace"
         }
         Some(rustix::io::Errno::NOENT) => {
-            "; the host's kernel lacks a part: load the modules tun, sch_ingress, cls_matchall and act_mirred"
+            "; the host's kernel lacks a part: load the modules tun, sch_ingress, cls_u32 and act_mirred"
         }
         Some(rustix::io::Errno::PERM | rustix::io::Errno::ACCESS) => "; run as root",
         Some(rustix::io::Errno::NFILE | rustix::io::Errno::MFILE | rustix::io::Errno::NOMEM) => {

@@ -164,9 +164,12 @@ fn take(mut note: Note, queues: usize, note_path: PathBuf) -> Result<Attachment,
         describe::describe(&mut netlink, &links).map_err(namespace_step("read addresses, routes and neighbours"))?;
     description.sysctls = sysctls::read(links.iter().map(|link| link.name.as_str()));
     for link in &links {
-        let found = redirect::remove_stale(&mut netlink, link.index);
-        if found.map_err(interface_step(&link.name, "read its filters"))? == Found::Live {
-            return Err(NetworkError::Taken(link.name.clone()));
+        let found = redirect::look(&mut netlink, link.index).map_err(interface_step(&link.name, "read its filters"))?;
+        match found {
+            Found::Nothing => {}
+            Found::Live => return Err(NetworkError::Taken(link.name.clone())),
+            Found::Stale => redirect::remove(&mut netlink, link.index)
+                .map_err(interface_step(&link.name, "remove the filter that a dead sandbox left"))?,
         }
     }
     note.interfaces = links.iter().map(|link| link.index).collect();
@@ -183,7 +186,7 @@ fn take(mut note: Note, queues: usize, note_path: PathBuf) -> Result<Attachment,
 /// The interfaces that the guest is to have. Those that are down carry nothing, such as the tunnels that some modules put
 /// into every namespace.
 fn chosen(links: Vec<Link>) -> Result<Vec<Link>, NetworkError> {
-    let indices: Vec<u32> = links.iter().map(|link| link.index).collect();
+    let up: Vec<u32> = links.iter().filter(|link| link.is_up).map(|link| link.index).collect();
     let unsupported = |link: &Link, reason| Err(NetworkError::Unsupported { name: link.name.clone(), reason });
     let mut chosen = Vec::new();
     for link in links {
@@ -194,7 +197,7 @@ fn chosen(links: Vec<Link>) -> Result<Vec<Link>, NetworkError> {
         if !link.is_ethernet || link.mac.len() != 6 {
             return unsupported(&link, "it is not an Ethernet interface; take it down or out of the namespace");
         }
-        if link.lower.is_some_and(|lower| indices.contains(&lower)) {
+        if link.lower.is_some_and(|lower| up.contains(&lower)) {
             return unsupported(&link, "it sits on another interface of the namespace; make it on the host instead");
         }
         chosen.push(link);
@@ -272,63 +275,4 @@ fn remove_all(netlink: &mut Netlink, indices: &[u32]) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn link(index: u32, name: &str) -> Link {
-        Link {
-            index,
-            name: name.to_owned(),
-            mac: vec![2, 0, 0, 0, 0, 1],
-            mtu: 1500,
-            is_ethernet: true,
-            is_up: true,
-            is_loopback: false,
-            controller: None,
-            lower: None,
-        }
-    }
-
-    #[test]
-    fn what_is_down_or_belongs_to_a_bridge_is_not_taken() {
-        let links = vec![
-            Link { is_loopback: true, ..link(1, "lo") },
-            Link { is_up: false, is_ethernet: false, ..link(2, "tunl0") },
-            Link { controller: Some(4), ..link(3, "port") },
-            link(4, "br0"),
-            // Its number is that of an interface elsewhere.
-            Link { lower: Some(77), ..link(5, "eth0") },
-        ];
-        let names: Vec<_> = chosen(links).unwrap().into_iter().map(|link| link.name).collect();
-        assert_eq!(names, ["br0", "eth0"]);
-    }
-
-    #[test]
-    fn what_cannot_be_taken_is_named() {
-        let tunnel = Link { is_ethernet: false, ..link(2, "wg0") };
-        assert!(chosen(vec![tunnel]).unwrap_err().to_string().starts_with("interface wg0: it is not an Ethernet"));
-        let vlan = Link { lower: Some(2), ..link(3, "eth0.5") };
-        assert!(chosen(vec![link(2, "eth0"), vlan]).unwrap_err().to_string().starts_with("interface eth0.5: "));
-        let many = (1..=17).map(|index| link(index, "x")).collect();
-        assert!(matches!(chosen(many), Err(NetworkError::TooMany { found: 17, most: MAX_INTERFACES })));
-    }
-
-    #[test]
-    fn the_callers_own_network_is_never_taken() {
-        let dir = tempfile::tempdir().unwrap();
-        let error = attach(Path::new("/proc/self/ns/net"), 1, dir.path()).unwrap_err();
-        assert!(matches!(error, NetworkError::Host(_)), "{error}");
-        let error = attach(Path::new("/no/such/namespace"), 1, dir.path()).unwrap_err();
-        assert!(error.to_string().starts_with("cannot open the network namespace /no/such/namespace"), "{error}");
-        assert!(matches!(attach(Path::new("/dev/null"), 1, dir.path()), Err(NetworkError::Enter { .. })));
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn a_sweep_of_nothing_does_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        sweep(dir.path());
-        std::fs::write(dir.path().join(NOTE), "{}").unwrap();
-        sweep(dir.path());
-    }
-}
+mod tests;

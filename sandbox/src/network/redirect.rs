@@ -1,8 +1,9 @@
 //! Traffic between an interface and the tap beside it, by traffic control: what arrives at one leaves by the other
-//! (`tc qdisc add dev X ingress; tc filter add dev X ingress matchall action mirred egress redirect dev Y`, both ways).
+//! (`tc qdisc add dev X ingress; tc filter add dev X ingress u32 match u32 0 0 action mirred egress redirect dev Y`, both
+//! ways). The classifier u32 is older than `matchall`, and every kernel with traffic control has it.
 //!
 //! The filters carry a mark of Hull's, by which they are known again after their owner died. A filter whose tap has gone
-//! still swallows all that arrives, until it is removed: see [`remove_stale`].
+//! still swallows all that arrives, until it is removed.
 
 use std::io;
 
@@ -10,7 +11,8 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{
     TcAction, TcActionAttribute, TcActionMirror, TcActionMirrorOption, TcActionOption, TcActionType, TcAttribute,
-    TcFilterMatchAll, TcFilterMatchAllOption, TcHandle, TcMessage, TcMirror, TcMirrorActionType, TcOption,
+    TcFilterU32, TcFilterU32Option, TcHandle, TcMessage, TcMirror, TcMirrorActionType, TcOption, TcU32Key,
+    TcU32Selector, TcU32SelectorFlags,
 };
 
 use super::netlink::Netlink;
@@ -40,12 +42,17 @@ pub(super) enum Found {
 
 /// Sends what arrives at the interface `from` out by the interface `to`.
 pub(super) fn add(netlink: &mut Netlink, from: u32, to: u32) -> io::Result<()> {
-    match netlink.call(RouteNetlinkMessage::NewQueueDiscipline(qdisc(from)), NLM_F_CREATE | NLM_F_EXCL) {
+    let made = match netlink.call(RouteNetlinkMessage::NewQueueDiscipline(qdisc(from)), NLM_F_CREATE | NLM_F_EXCL) {
         // Somebody else's serves as well.
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        result => result?,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+        result => result.map(|()| true)?,
+    };
+    let added = netlink.call(RouteNetlinkMessage::NewTrafficFilter(filter(from, to)), NLM_F_CREATE | NLM_F_EXCL);
+    if added.is_err() && made {
+        // Without a filter nobody would know whose it is. The first error is the one to tell of.
+        let _ = netlink.call(RouteNetlinkMessage::DelQueueDiscipline(qdisc(from)), 0);
     }
-    netlink.call(RouteNetlinkMessage::NewTrafficFilter(filter(from, to)), NLM_F_CREATE | NLM_F_EXCL)
+    added
 }
 
 /// Takes back what [`add`] did at the interface `from`. That there is nothing is no error.
@@ -54,7 +61,7 @@ pub(super) fn remove(netlink: &mut Netlink, from: u32) -> io::Result<()> {
     if !filters.iter().any(|filter| destination(filter).is_some()) {
         return Ok(());
     }
-    // The kernel lists a filter once for itself and once for its chain.
+    // The kernel lists a filter several times: itself, its table, its chain.
     let others = filters.iter().any(|filter| filter.header.info >> 16 != u32::from(PRIORITY));
     let request = if others || kind_of_qdisc(netlink, from)?.as_deref() != Some(INGRESS) {
         let mut filter = TcMessage::with_index(from.cast_signed());
@@ -67,16 +74,8 @@ pub(super) fn remove(netlink: &mut Netlink, from: u32) -> io::Result<()> {
     netlink.call(request, 0)
 }
 
-/// Removes a filter of Hull's at the interface `from` that leads nowhere any more; answers what was there before.
-pub(super) fn remove_stale(netlink: &mut Netlink, from: u32) -> io::Result<Found> {
-    let found = look(netlink, from)?;
-    if found == Found::Stale {
-        remove(netlink, from)?;
-    }
-    Ok(found)
-}
-
-fn look(netlink: &mut Netlink, from: u32) -> io::Result<Found> {
+/// Looks for a filter of Hull's at the interface `from`.
+pub(super) fn look(netlink: &mut Netlink, from: u32) -> io::Result<Found> {
     Ok(match filters(netlink, from)?.iter().find_map(destination) {
         None => Found::Nothing,
         Some(0) => Found::Stale,
@@ -109,7 +108,7 @@ fn destination(filter: &TcMessage) -> Option<u32> {
         _ => None,
     });
     let actions = options.flatten().filter_map(|option| match option {
-        TcOption::MatchAll(TcFilterMatchAllOption::Action(actions)) => Some(actions),
+        TcOption::U32(TcFilterU32Option::Action(actions)) => Some(actions),
         _ => None,
     });
     let ours = |action: &&TcAction| action.attributes.contains(&TcActionAttribute::Cookie(COOKIE.to_vec()));
@@ -127,7 +126,7 @@ fn destination(filter: &TcMessage) -> Option<u32> {
 }
 
 /// The kind of the qdisc that sees what arrives.
-fn kind_of_qdisc(netlink: &mut Netlink, index: u32) -> io::Result<Option<String>> {
+pub(super) fn kind_of_qdisc(netlink: &mut Netlink, index: u32) -> io::Result<Option<String>> {
     let list = netlink.dump(&RouteNetlinkMessage::GetQueueDiscipline(TcMessage::with_index(index.cast_signed())))?;
     Ok(list.into_iter().find_map(|message| match message {
         RouteNetlinkMessage::NewQueueDiscipline(qdisc)
@@ -169,9 +168,17 @@ fn filter(from: u32, to: u32) -> TcMessage {
     let mut filter = TcMessage::with_index(from.cast_signed());
     filter.header.parent = FILTERS;
     filter.header.info = info();
+    // One key, whose mask leaves nothing to compare.
+    let mut selector = TcU32Selector::default();
+    selector.flags = TcU32SelectorFlags::Terminal;
+    selector.nkeys = 1;
+    selector.keys = vec![TcU32Key::default()];
     filter.attributes = vec![
-        TcAttribute::Kind(TcFilterMatchAll::KIND.to_owned()),
-        TcAttribute::Options(vec![TcOption::MatchAll(TcFilterMatchAllOption::Action(vec![action]))]),
+        TcAttribute::Kind(TcFilterU32::KIND.to_owned()),
+        TcAttribute::Options(vec![
+            TcOption::U32(TcFilterU32Option::Selector(selector)),
+            TcOption::U32(TcFilterU32Option::Action(vec![action])),
+        ]),
     ];
     filter
 }

@@ -29,14 +29,15 @@ pub(crate) struct BindMount {
     pub read_only: bool,
 }
 
-/// docker's and podman's default capabilities.
-const CAPABILITIES: [&str; 11] = [
+/// docker's and podman's default capabilities; of `CAP_NET_RAW`, which ping needs in many images, only docker's.
+const CAPABILITIES: [&str; 12] = [
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
     "CAP_FOWNER",
     "CAP_FSETID",
     "CAP_KILL",
     "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
     "CAP_SETFCAP",
     "CAP_SETGID",
     "CAP_SETPCAP",

@@ -17,6 +17,15 @@ pub const READY_PORT: u32 = 1026;
 /// What the agent writes to [`READY_PORT`].
 pub const READY_GREETING: &[u8] = b"hull-agent ready\n";
 
+/// The vsock port on which the agent takes connections for ports of the guest's loopback interface. The host writes the
+/// family that its client used (4 or 6), a zero and the port in network order, and reads one byte: [`FORWARD_CONNECTED`] or
+/// [`FORWARD_REFUSED`]. Since 1.1.
+pub const FORWARD_PORT: u32 = 1027;
+/// From here on the connection is that to the guest's listener.
+pub const FORWARD_CONNECTED: u8 = 0;
+/// Nobody listens there.
+pub const FORWARD_REFUSED: u8 = 1;
+
 /// Bytes of a stream's token, the first that the host sends on it.
 pub const STREAM_TOKEN_BYTES: usize = 16;
 /// Longest container or exec identifier, in bytes (containerd allows 76).

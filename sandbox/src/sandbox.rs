@@ -204,7 +204,12 @@ impl Booting {
             outcome = self.set_up() => outcome,
         };
         match outcome {
-            Ok((agent, ready_us)) => Ok(Running { parts: self.parts, agent, ready_us }),
+            Ok((agent, ready_us)) => {
+                if let Some(network) = &mut self.parts.network {
+                    network.forward(&self.sockets.vsock);
+                }
+                Ok(Running { parts: self.parts, agent, ready_us })
+            }
             Err(error) => {
                 self.parts.abandon().await;
                 Err(error)

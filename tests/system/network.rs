@@ -179,6 +179,37 @@ print('exact')
 }
 
 #[test]
+fn a_listener_on_the_guests_loopback_is_reached_from_the_namespace() {
+    let netns = Netns::with_eth0(1500);
+    let container = stay(&netns, "while :; do echo hello | nc -l -p 7000 -s 127.0.0.1; done");
+    let ask = |address: &str, port: &str| {
+        let program = format!(
+            "import socket; s = socket.create_connection(('{address}', {port}), 60); s.shutdown(1); print(s.recv(9))"
+        );
+        let output = Command::new("ip").args(["netns", "exec", &netns.name, "python3", "-c", &program]).output();
+        let output = output.unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+    };
+    // The listener may be a moment late, and is gone for a moment after each client.
+    let patiently = |address: &str| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let said = ask(address, "7000");
+            if said.contains("hello") {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{address}: {said}");
+        }
+    };
+    patiently("127.0.0.1");
+    patiently("::1");
+    let refused = ask("127.0.0.1", "7001");
+    assert!(refused.contains("ConnectionResetError") || refused.contains("b''"), "{refused}");
+    hull(["rm", "-f", &container.id]).run().ok();
+    assert!(ask("127.0.0.1", "7000").contains("ConnectionRefusedError"));
+}
+
+#[test]
 fn several_interfaces_keep_their_names() {
     let netns = Netns::with_eth0(1500);
     // A name that sorts and counts otherwise than the order of the interfaces.

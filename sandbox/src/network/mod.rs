@@ -15,11 +15,15 @@
 //! owner that is killed leaves the filter at the interface, and a note in its directory by which [`sweep`] finds it; the next
 //! sandbox that gets the namespace removes it too.
 //!
+//! **Loopback.** Connections to a loopback address of the namespace, which no filter sees, are passed on by the owner:
+//! see [`forward`].
+//!
 //! **Threads.** A namespace is entered by a thread that ends afterwards. What is done later goes through a socket that the
 //! thread leaves behind, which keeps speaking of that namespace.
 
 mod describe;
 mod error;
+mod forward;
 mod netlink;
 mod redirect;
 mod sysctls;
@@ -39,6 +43,7 @@ use serde::{Deserialize, Serialize};
 
 use self::describe::Link;
 pub use self::error::NetworkError;
+use self::forward::Forwarding;
 use self::netlink::Netlink;
 use self::redirect::Found;
 
@@ -75,6 +80,9 @@ pub(crate) struct Attachment {
     redirected: Vec<u32>,
     taps: Vec<TapInterface>,
     description: wire::Network,
+    /// None where the host's kernel cannot.
+    forwarding: Option<Forwarding>,
+    forwarded: Option<forward::Running>,
     note: PathBuf,
 }
 
@@ -99,7 +107,15 @@ pub(crate) fn attach(path: &Path, queues: usize, dir: &Path) -> Result<Attachmen
     }
     let note = Note { namespace: path.to_owned(), identity, interfaces: Vec::new() };
     let queues = queues.clamp(1, MAX_NET_QUEUES);
-    inside(path, &namespace, || take(note, queues, dir.join(NOTE)))?
+    inside(path, &namespace, || {
+        let mut attachment = take(note, queues, dir.join(NOTE))?;
+        attachment.forwarding = Forwarding::open(&namespace)
+            .inspect_err(|error| {
+                tracing::warn!("connections to 127.0.0.1 in {} do not reach the guest: {error}", path.display());
+            })
+            .ok();
+        Ok(attachment)
+    })?
 }
 
 /// Undoes what the dead owner of the sandbox whose directory is `dir` did to a namespace. Trouble is logged: the namespace
@@ -174,8 +190,15 @@ fn take(mut note: Note, queues: usize, note_path: PathBuf) -> Result<Attachment,
     }
     note.interfaces = links.iter().map(|link| link.index).collect();
     write_note(&note_path, &note)?;
-    let mut attachment =
-        Attachment { netlink, redirected: note.interfaces, taps: Vec::new(), description, note: note_path };
+    let mut attachment = Attachment {
+        netlink,
+        redirected: note.interfaces,
+        taps: Vec::new(),
+        description,
+        forwarding: None,
+        forwarded: None,
+        note: note_path,
+    };
     for link in &links {
         let tap = attachment.add_tap(link, queues)?;
         attachment.taps.push(tap);
@@ -223,6 +246,16 @@ impl Attachment {
     /// What the guest is to have. Once.
     pub(crate) fn take_description(&mut self) -> wire::Network {
         std::mem::take(&mut self.description)
+    }
+
+    /// Passes connections to the namespace's loopback addresses on to the guest behind the VMM's socket at `socket`, from
+    /// now on. In a tokio runtime.
+    pub(crate) fn forward(&mut self, socket: &Path) {
+        let started = self.forwarding.take().map(|forwarding| forwarding.start(socket.to_owned())).transpose();
+        match started {
+            Ok(running) => self.forwarded = running,
+            Err(error) => tracing::warn!("connections to 127.0.0.1 do not reach the guest: {error}"),
+        }
     }
 
     /// Makes a tap beside an interface and joins the two.

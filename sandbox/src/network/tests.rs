@@ -157,6 +157,15 @@ impl Namespace {
     }
 }
 
+/// Brings up the loopback interface of the calling thread's namespace.
+pub(super) fn raise_loopback() {
+    let mut lo = LinkMessage::default();
+    lo.header.index = 1;
+    lo.header.flags = LinkFlags::Up;
+    lo.header.change_mask = LinkFlags::Up;
+    Netlink::open().unwrap().call(RouteNetlinkMessage::SetLink(lo), 0).unwrap();
+}
+
 /// A namespace whose one interface to take is `eth0`.
 fn namespace() -> Option<Namespace> {
     let mut namespace = Namespace::new()?;

@@ -89,6 +89,12 @@ pub(crate) struct Run {
     /// The container's network: none, or all interfaces of a network namespace such as netns:/run/netns/NAME
     #[arg(long, value_name = "NETWORK", default_value = "none")]
     pub net: String,
+    /// A name server for the container, instead of the namespace's or the host's
+    #[arg(long, value_name = "ADDRESS")]
+    pub dns: Vec<std::net::IpAddr>,
+    /// A line for the container's /etc/hosts
+    #[arg(long, value_name = "NAME:ADDRESS", value_parser = crate::dns::parse_host)]
+    pub add_host: Vec<(String, std::net::IpAddr)>,
     /// The container's host name; by default its identifier
     #[arg(long, value_name = "NAME")]
     pub hostname: Option<String>,

@@ -187,6 +187,13 @@ impl Booting {
         &self.parts.claim
     }
 
+    /// The addresses that the guest will have on its network: of global scope, in the order in which the interfaces have
+    /// them.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<std::net::IpAddr> {
+        self.parts.network.as_ref().map(Attachment::addresses).unwrap_or_default()
+    }
+
     /// Ends the VM and removes everything.
     pub async fn abandon(self) {
         self.parts.abandon().await;

@@ -18,8 +18,8 @@ use crate::args::{ProcessOptions, Run};
 use crate::image::{Image, Store};
 use crate::spec::{self, Program};
 use crate::streams::Attach;
-use crate::supervise::{Plan, interrupted, supervise};
-use crate::{Error, Outcome, terminal};
+use crate::supervise::{Files, Plan, interrupted, supervise};
+use crate::{Error, Outcome, dns, terminal};
 
 /// The status of a program that Ctrl-C kept from starting: 128 + SIGINT.
 const INTERRUPTED: u8 = 130;
@@ -132,9 +132,11 @@ fn plan(args: Run, host: Host) -> Result<Prepared, Error> {
         network: parse_network(&args.net)?,
         boot_timeout: Duration::from_secs(args.boot_timeout),
     };
+    let files = Files { resolv_conf: dns::resolv_conf(&config.network, &args.dns), extra_hosts: args.add_host };
     let attach = if args.detached_owner { Attach::Nowhere } else { Attach::Own };
     let read_only = args.read_only;
-    let plan = Plan { host, config, record, program, root, read_only, volumes, streams, attach, remove: args.rm };
+    let plan =
+        Plan { host, config, record, program, root, read_only, volumes, files, streams, attach, remove: args.rm };
     Ok(Prepared { plan, image })
 }
 

@@ -29,6 +29,7 @@ mod redirect;
 mod sysctls;
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -241,6 +242,17 @@ impl Attachment {
     /// The taps, in the order in which the description has the interfaces. Once.
     pub(crate) fn take_taps(&mut self) -> Vec<TapInterface> {
         std::mem::take(&mut self.taps)
+    }
+
+    /// The addresses of global scope in the description.
+    pub(crate) fn addresses(&self) -> Vec<IpAddr> {
+        let addresses = self.description.interfaces.iter().flat_map(|interface| &interface.addresses);
+        let octets = addresses.filter(|address| address.scope == 0).map(|address| &address.address[..]);
+        let parse = |octets: &[u8]| match *octets {
+            [a, b, c, d] => Some(IpAddr::from([a, b, c, d])),
+            _ => <[u8; 16]>::try_from(octets).ok().map(IpAddr::from),
+        };
+        octets.filter_map(parse).collect()
     }
 
     /// What the guest is to have. Once.

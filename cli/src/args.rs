@@ -18,7 +18,7 @@ pub(crate) struct Args {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
     /// Run a program from an image in a new virtual machine
-    Run(Run),
+    Run(Box<Run>),
     /// Run another program in a running container
     Exec(Exec),
     /// List containers
@@ -86,9 +86,13 @@ pub(crate) struct Run {
     /// Show a file or directory of the host to the container
     #[arg(short, long, value_name = "SRC:DST[:ro]")]
     pub volume: Vec<String>,
-    /// The container's network: none, or all interfaces of a network namespace such as netns:/run/netns/NAME
+    /// The container's network: none; all interfaces of a namespace, netns:PATH; one that the CNI configuration of a
+    /// name makes, cni:NAME
     #[arg(long, value_name = "NETWORK", default_value = "none")]
     pub net: String,
+    /// Lead a port of the host to one of the container; needs a CNI network with the plugin portmap
+    #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST[/udp]")]
+    pub publish: Vec<String>,
     /// A name server for the container, instead of the namespace's or the host's
     #[arg(long, value_name = "ADDRESS")]
     pub dns: Vec<std::net::IpAddr>,

@@ -12,15 +12,19 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 const NAMESPACE_FILES: &str = "/etc/netns";
 const NAMESPACES: &str = "/run/netns";
 
-/// The contents of /etc/resolv.conf, if the container has a network: these servers, or what the namespace or the host has.
-pub(crate) fn resolv_conf(network: &Network, servers: &[IpAddr]) -> Option<String> {
-    let path = match network {
-        Network::None if servers.is_empty() => return None,
-        Network::Namespace(path) => path.strip_prefix(NAMESPACES).ok(),
-        Network::None => None,
-    };
+/// The contents of /etc/resolv.conf, if the container has a network: these servers, or what the network's maker `wants`,
+/// or what the namespace or the host has.
+pub(crate) fn resolv_conf(network: &Network, servers: &[IpAddr], wants: String) -> Option<String> {
     if !servers.is_empty() {
         return Some(servers.iter().map(|server| format!("nameserver {server}\n")).collect());
+    }
+    let path = match network {
+        Network::None => return None,
+        Network::Namespace(path) => path.strip_prefix(NAMESPACES).ok(),
+        Network::Cni { .. } => None,
+    };
+    if !wants.is_empty() {
+        return Some(wants);
     }
     let of_namespace = path.map(|name| Path::new(NAMESPACE_FILES).join(name).join("resolv.conf"));
     let own = of_namespace.and_then(|path| std::fs::read_to_string(path).ok());
@@ -69,10 +73,12 @@ mod tests {
     fn servers_of_the_hosts_own_are_left_out() {
         let host = "# made by hand\nnameserver 127.0.0.53\nnameserver ::1\nnameserver 192.0.2.1\nsearch example.org\n";
         assert_eq!(reachable(host), "# made by hand\nnameserver 192.0.2.1\nsearch example.org\n");
-        assert_eq!(resolv_conf(&Network::None, &[]), None);
+        assert_eq!(resolv_conf(&Network::None, &[], String::new()), None);
         let servers = ["192.0.2.7".parse().unwrap(), "2001:db8::1".parse().unwrap()];
         let network = Network::Namespace("/run/netns/x".into());
-        assert_eq!(resolv_conf(&network, &servers).unwrap(), "nameserver 192.0.2.7\nnameserver 2001:db8::1\n");
+        let wanted = "nameserver 192.0.2.9\n".to_owned();
+        assert_eq!(resolv_conf(&network, &[], wanted.clone()).as_ref(), Some(&wanted));
+        assert_eq!(resolv_conf(&network, &servers, wanted).unwrap(), "nameserver 192.0.2.7\nnameserver 2001:db8::1\n");
     }
 
     #[test]

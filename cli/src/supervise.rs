@@ -9,6 +9,7 @@ use hull_sandbox::agent::AgentError;
 use hull_sandbox::config::SandboxConfig;
 use hull_sandbox::container::{Connections, Process, Streams};
 use hull_sandbox::host::Host;
+use hull_sandbox::network::Network;
 use hull_sandbox::registry::{Phase, Record};
 use hull_sandbox::sandbox::{Booting, Configured, Running, SandboxError};
 use hull_sandbox::share::{RootSource, Volume};
@@ -41,8 +42,8 @@ pub(crate) struct Plan {
 /// What is decided of the files that name things on the network.
 #[derive(Debug)]
 pub(crate) struct Files {
-    /// None leaves the image's own.
-    pub resolv_conf: Option<String>,
+    /// Name servers; without any, those of the network or the host.
+    pub servers: Vec<std::net::IpAddr>,
     /// Lines for /etc/hosts beside the usual ones.
     pub extra_hosts: Vec<(String, std::net::IpAddr)>,
 }
@@ -51,14 +52,14 @@ pub(crate) struct Files {
 pub(crate) async fn supervise(plan: Plan, started: impl FnOnce()) -> Result<u8, Error> {
     let mut signals = Signals::new()?;
     let Plan { host, config, mut record, program, root, read_only, volumes, files, streams, attach, remove } = plan;
-    let hostname = config.hostname.clone();
+    let (hostname, network) = (config.hostname.clone(), config.network.clone());
     let booting = Configured::new(host, config)?.start()?;
     record.vmm_pid = booting.vmm_pid();
     let prepared = booting
         .claim()
         .write(&record)
         .map_err(Error::from)
-        .and_then(|()| prepare(&booting, &record.id, &root, &volumes, &hostname, &files))
+        .and_then(|()| prepare(&booting, &record.id, &root, &volumes, &hostname, &network, &files))
         .and_then(|(root, binds)| spec::container(&program, &root, read_only, &hostname, &binds));
     let spec = match prepared {
         Ok(spec) => spec,
@@ -112,6 +113,7 @@ fn prepare(
     root: &RootSource,
     volumes: &[(Volume, String)],
     hostname: &str,
+    network: &Network,
     files: &Files,
 ) -> Result<(String, Vec<BindMount>), Error> {
     let share = booting.share();
@@ -119,7 +121,8 @@ fn prepare(
     let mut binds = Vec::new();
     let hosts = dns::hosts(hostname, &booting.addresses(), &files.extra_hosts);
     let hostname = format!("{hostname}\n");
-    let resolv_conf = files.resolv_conf.as_ref().map(|contents| ("resolv.conf", contents));
+    let resolv_conf = dns::resolv_conf(network, &files.servers, booting.resolv_conf());
+    let resolv_conf = resolv_conf.as_ref().map(|contents| ("resolv.conf", contents));
     for (name, contents) in [("hosts", &hosts), ("hostname", &hostname)].into_iter().chain(resolv_conf) {
         let source = share.add_file(id, name, contents.as_bytes())?;
         binds.push(BindMount { source, destination: format!("/etc/{name}"), read_only: false });

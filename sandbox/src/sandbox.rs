@@ -11,7 +11,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use crate::agent::{Agent, AgentError, answer, short};
 use crate::config::{ConfigError, SandboxConfig};
 use crate::host::{Host, HostError};
-use crate::network::{self, Attachment, Network, NetworkError};
+use crate::network::{self, Attachment, NetworkError};
 use crate::registry::{Claim, Registry, RegistryError};
 use crate::share::{Share, ShareError};
 use crate::vmm::{Sockets, Vmm, VmmError};
@@ -145,7 +145,9 @@ impl Configured {
                 return Err(error.into());
             }
         };
-        let started = attach(&config, claim.dir()).and_then(|mut network| {
+        // A queue for each of the guest's CPUs.
+        let network = network::attach(&config.network, &config.id, config.cpus.into(), claim.dir());
+        let started = network.map_err(SandboxError::from).and_then(|mut network| {
             let taps = network.as_mut().map(Attachment::take_taps).unwrap_or_default();
             Ok((Vmm::spawn(&host, &config, &sockets, share.root(), taps)?, network))
         });
@@ -157,14 +159,6 @@ impl Configured {
                 Err(error)
             }
         }
-    }
-}
-
-/// Takes the network that is wanted, with a queue for each of the guest's CPUs.
-fn attach(config: &SandboxConfig, dir: &Path) -> Result<Option<Attachment>, SandboxError> {
-    match &config.network {
-        Network::None => Ok(None),
-        Network::Namespace(path) => Ok(Some(network::attach(path, config.cpus.into(), dir)?)),
     }
 }
 
@@ -192,6 +186,12 @@ impl Booting {
     #[must_use]
     pub fn addresses(&self) -> Vec<std::net::IpAddr> {
         self.parts.network.as_ref().map(Attachment::addresses).unwrap_or_default()
+    }
+
+    /// What the network's maker wants for name servers, as the contents of a resolv.conf; empty where it says nothing.
+    #[must_use]
+    pub fn resolv_conf(&self) -> String {
+        self.parts.network.as_ref().map(Attachment::resolv_conf).unwrap_or_default()
     }
 
     /// Ends the VM and removes everything.

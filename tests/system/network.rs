@@ -181,7 +181,16 @@ print('exact')
 #[test]
 fn a_listener_on_the_guests_loopback_is_reached_from_the_namespace() {
     let netns = Netns::with_eth0(1500);
-    let container = stay(&netns, "while :; do echo hello | nc -l -p 7000 -s 127.0.0.1; done");
+    let program = "
+import socket
+server = socket.create_server(('127.0.0.1', 7000))
+while True:
+    client, _ = server.accept()
+    client.sendall(b'hello')
+    client.close()
+";
+    let option = netns.option();
+    let container = Detached::start(["--memory", "256", "--net", &option, &debian(), "python3", "-c", program]);
     let ask = |address: &str, port: &str| {
         let program = format!(
             "import socket; s = socket.create_connection(('{address}', {port}), 60); s.shutdown(1); print(s.recv(9))"
@@ -190,7 +199,7 @@ fn a_listener_on_the_guests_loopback_is_reached_from_the_namespace() {
         let output = output.unwrap();
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
     };
-    // The listener may be a moment late, and is gone for a moment after each client.
+    // The listener may be a moment late.
     let patiently = |address: &str| {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {

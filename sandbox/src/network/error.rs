@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::cni::CniError;
+
 /// A network that a sandbox cannot have.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
@@ -62,6 +64,12 @@ pub enum NetworkError {
         /// Those that there may be.
         most: usize,
     },
+    /// A network that CNI plugins were to make.
+    #[error(transparent)]
+    Cni(#[from] CniError),
+    /// A namespace cannot be made.
+    #[error("cannot make a network namespace: {0}; hull must run as root")]
+    Make(#[source] io::Error),
     /// The note of what is to be undone cannot be written.
     #[error("cannot note the network in {path}: {source}; is the state directory full?")]
     Note {
@@ -87,4 +95,14 @@ fn advice(error: &io::Error) -> &'static str {
         }
         _ => "",
     }
+}
+
+/// Names the step of what concerns a namespace.
+pub(super) fn namespace_step(step: &'static str) -> impl Fn(io::Error) -> NetworkError {
+    move |source| NetworkError::Namespace { step, source }
+}
+
+/// Names the step of what concerns an interface.
+pub(super) fn interface_step<'a>(name: &'a str, step: &'static str) -> impl Fn(io::Error) -> NetworkError + 'a {
+    move |source| NetworkError::Interface { name: name.to_owned(), step, source }
 }

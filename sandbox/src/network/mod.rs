@@ -21,6 +21,8 @@
 //! **Threads.** A namespace is entered by a thread that ends afterwards. What is done later goes through a socket that the
 //! thread leaves behind, which keeps speaking of that namespace.
 
+mod attachment;
+pub mod cni;
 mod describe;
 mod error;
 mod forward;
@@ -29,29 +31,25 @@ mod redirect;
 mod sysctls;
 
 use std::io;
-use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use hull_protocol::agent as wire;
-use hull_sandbox_sys::tap::{self, Tap};
-use hull_vmm_api::config::{MAX_NET_QUEUES, MacAddress};
+use hull_vmm_api::config::MAX_NET_QUEUES;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::link::{LinkFlags, LinkMessage};
 use rustix::fs::{Mode, OFlags};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 
-use self::describe::Link;
+pub(crate) use self::attachment::{Attachment, TapInterface};
+use self::attachment::{remove_all, take};
+use self::cni::{Cni, CniNote, PortMapping};
 pub use self::error::NetworkError;
-use self::forward::Forwarding;
+use self::error::namespace_step;
 use self::netlink::Netlink;
-use self::redirect::Found;
 
-/// Most interfaces of a sandbox: half of the places on the guest's bus.
-const MAX_INTERFACES: usize = 16;
-/// How taps are named; the kernel fills in a number.
-const TAP_PATTERN: &str = "hull%d";
+/// The loopback interface is the first of every namespace.
+const LOOPBACK_INDEX: u32 = 1;
 /// The file in a sandbox's directory that says what is to be undone.
 const NOTE: &str = "network.json";
 
@@ -63,64 +61,99 @@ pub enum Network {
     None,
     /// Every interface of this network namespace but its loopback, given by a path such as `/run/netns/NAME`.
     Namespace(PathBuf),
-}
-
-/// A tap for the VMM.
-#[derive(Debug)]
-pub(crate) struct TapInterface {
-    pub(crate) queues: Vec<OwnedFd>,
-    pub(crate) mac: MacAddress,
-    pub(crate) mtu: Option<u16>,
-}
-
-/// A namespace whose traffic goes to a sandbox, until this is dropped.
-#[derive(Debug)]
-pub(crate) struct Attachment {
-    netlink: Netlink,
-    /// Indices of interfaces that may have a filter.
-    redirected: Vec<u32>,
-    taps: Vec<TapInterface>,
-    description: wire::Network,
-    /// None where the host's kernel cannot.
-    forwarding: Option<Forwarding>,
-    forwarded: Option<forward::Running>,
-    note: PathBuf,
+    /// A new namespace, in which the plugins of a CNI configuration make an interface.
+    Cni {
+        /// The configuration's name.
+        name: String,
+        /// Ports of the host that lead to the sandbox.
+        ports: Vec<PortMapping>,
+    },
 }
 
 /// What [`sweep`] needs to know.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Note {
+    /// Of a namespace that outlives its sandbox.
+    redirected: Option<Redirected>,
+    cni: Option<CniNote>,
+}
+
+/// Interfaces that were taken.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Redirected {
     namespace: PathBuf,
     /// The namespace's identity: another one may come to have the same path.
     identity: (u64, u64),
     interfaces: Vec<u32>,
 }
 
-/// Takes all interfaces of the namespace at `path` for the sandbox whose directory is `dir`, with up to this many queues
-/// each.
-pub(crate) fn attach(path: &Path, queues: usize, dir: &Path) -> Result<Attachment, NetworkError> {
+/// Takes the network for the sandbox `id`, whose directory is `dir`, with up to this many queues for each interface.
+pub(crate) fn attach(
+    network: &Network,
+    id: &str,
+    queues: usize,
+    dir: &Path,
+) -> Result<Option<Attachment>, NetworkError> {
+    let (queues, note) = (queues.clamp(1, MAX_NET_QUEUES), dir.join(NOTE));
+    match network {
+        Network::None => Ok(None),
+        Network::Namespace(path) => attach_namespace(path, queues, note).map(Some),
+        Network::Cni { name, ports } => attach_cni(id, name, ports, queues, note).map(Some),
+    }
+}
+
+fn attach_namespace(path: &Path, queues: usize, note: PathBuf) -> Result<Attachment, NetworkError> {
     let namespace = open(path)?;
     let identity = identity(&namespace).map_err(|source| NetworkError::Open { path: path.to_owned(), source })?;
     let own = std::fs::File::open("/proc/thread-self/ns/net").and_then(|own| self::identity(&own));
     if own.is_ok_and(|own| own == identity) {
         return Err(NetworkError::Host(path.to_owned()));
     }
-    let note = Note { namespace: path.to_owned(), identity, interfaces: Vec::new() };
-    let queues = queues.clamp(1, MAX_NET_QUEUES);
-    inside(path, &namespace, || {
-        let mut attachment = take(note, queues, dir.join(NOTE))?;
-        attachment.forwarding = Forwarding::open(&namespace)
-            .inspect_err(|error| {
-                tracing::warn!("connections to 127.0.0.1 in {} do not reach the guest: {error}", path.display());
-            })
-            .ok();
-        Ok(attachment)
-    })?
+    take(path, namespace, queues, note, |interfaces| {
+        let redirected = Redirected { namespace: path.to_owned(), identity, interfaces };
+        Some(Note { redirected: Some(redirected), cni: None })
+    })
 }
 
-/// Undoes what the dead owner of the sandbox whose directory is `dir` did to a namespace. Trouble is logged: the namespace
-/// is somebody else's, and most often gone.
+fn attach_cni(
+    id: &str,
+    name: &str,
+    ports: &[PortMapping],
+    queues: usize,
+    note: PathBuf,
+) -> Result<Attachment, NetworkError> {
+    let namespace = make_namespace().map_err(NetworkError::Make)?;
+    let path = cni::path_of(&namespace);
+    let mut cni = Cni::find(id, name, ports, path.display().to_string())?;
+    let write = |cni: &Cni| write_note(&note, &Note { redirected: None, cni: Some(cni.note().clone()) });
+    // Before: what plugins do half-way is to be undone too. After: with their result they can undo more.
+    write(&cni)?;
+    cni.add()?;
+    write(&cni)?;
+    // The namespace goes with its owner, and the filters with it, so the note stays as it is.
+    let mut attachment = take(&path, namespace, queues, note, |_| None)?;
+    attachment.cni = Some(cni);
+    Ok(attachment)
+}
+
+/// Makes a network namespace that lives as long as it is open, or something is in it.
+fn make_namespace() -> io::Result<OwnedFd> {
+    let thread = std::thread::Builder::new().name("network".to_owned()).spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
+        let mut loopback = LinkMessage::default();
+        loopback.header.index = LOOPBACK_INDEX;
+        loopback.header.flags = LinkFlags::Up;
+        loopback.header.change_mask = LinkFlags::Up;
+        Netlink::open()?.call(RouteNetlinkMessage::SetLink(loopback), 0)?;
+        std::fs::File::open("/proc/thread-self/ns/net").map(OwnedFd::from)
+    });
+    thread?.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Undoes what the dead owner of the sandbox whose directory is `dir` did. Trouble is logged: the namespace is somebody
+/// else's, and most often gone.
 pub(crate) fn sweep(dir: &Path) {
     let path = dir.join(NOTE);
     let Ok(json) = std::fs::read(&path) else { return };
@@ -128,26 +161,27 @@ pub(crate) fn sweep(dir: &Path) {
         tracing::warn!("{} is damaged; its network is left as it is", path.display());
         return;
     };
-    let Ok(namespace) = open(&note.namespace) else { return };
-    if identity(&namespace).is_ok_and(|identity| identity != note.identity) {
+    if let Some(redirected) = &note.redirected {
+        sweep_namespace(redirected);
+    }
+    if let Some(note) = &note.cni {
+        cni::sweep(note);
+    }
+}
+
+fn sweep_namespace(redirected: &Redirected) {
+    let Ok(namespace) = open(&redirected.namespace) else { return };
+    if identity(&namespace).is_ok_and(|identity| identity != redirected.identity) {
         return;
     }
-    let undone = inside(&note.namespace, &namespace, || {
+    let undone = inside(&redirected.namespace, &namespace, || {
         let mut netlink = Netlink::open().map_err(namespace_step("open a netlink socket"))?;
-        remove_all(&mut netlink, &note.interfaces);
+        remove_all(&mut netlink, &redirected.interfaces);
         Ok(())
     });
     if let Err(error) = undone.flatten() {
         tracing::warn!("left behind: {error}");
     }
-}
-
-fn namespace_step(step: &'static str) -> impl Fn(io::Error) -> NetworkError {
-    move |source| NetworkError::Namespace { step, source }
-}
-
-fn interface_step<'a>(name: &'a str, step: &'static str) -> impl Fn(io::Error) -> NetworkError + 'a {
-    move |source| NetworkError::Interface { name: name.to_owned(), step, source }
 }
 
 fn open(path: &Path) -> Result<OwnedFd, NetworkError> {
@@ -173,150 +207,10 @@ fn inside<T: Send>(path: &Path, namespace: &OwnedFd, work: impl FnOnce() -> T + 
     })
 }
 
-/// In the namespace: reads what is there, and puts a tap beside each interface.
-fn take(mut note: Note, queues: usize, note_path: PathBuf) -> Result<Attachment, NetworkError> {
-    let mut netlink = Netlink::open().map_err(namespace_step("open a netlink socket"))?;
-    let links = chosen(describe::links(&mut netlink).map_err(namespace_step("list the interfaces"))?)?;
-    let mut description =
-        describe::describe(&mut netlink, &links).map_err(namespace_step("read addresses, routes and neighbours"))?;
-    description.sysctls = sysctls::read(links.iter().map(|link| link.name.as_str()));
-    for link in &links {
-        let found = redirect::look(&mut netlink, link.index).map_err(interface_step(&link.name, "read its filters"))?;
-        match found {
-            Found::Nothing => {}
-            Found::Live => return Err(NetworkError::Taken(link.name.clone())),
-            Found::Stale => redirect::remove(&mut netlink, link.index)
-                .map_err(interface_step(&link.name, "remove the filter that a dead sandbox left"))?,
-        }
-    }
-    note.interfaces = links.iter().map(|link| link.index).collect();
-    write_note(&note_path, &note)?;
-    let mut attachment = Attachment {
-        netlink,
-        redirected: note.interfaces,
-        taps: Vec::new(),
-        description,
-        forwarding: None,
-        forwarded: None,
-        note: note_path,
-    };
-    for link in &links {
-        let tap = attachment.add_tap(link, queues)?;
-        attachment.taps.push(tap);
-    }
-    Ok(attachment)
-}
-
-/// The interfaces that the guest is to have. Those that are down carry nothing, such as the tunnels that some modules put
-/// into every namespace.
-fn chosen(links: Vec<Link>) -> Result<Vec<Link>, NetworkError> {
-    let up: Vec<u32> = links.iter().filter(|link| link.is_up).map(|link| link.index).collect();
-    let unsupported = |link: &Link, reason| Err(NetworkError::Unsupported { name: link.name.clone(), reason });
-    let mut chosen = Vec::new();
-    for link in links {
-        // The bridge or bond above it is taken instead.
-        if link.is_loopback || !link.is_up || link.controller.is_some() {
-            continue;
-        }
-        if !link.is_ethernet || link.mac.len() != 6 {
-            return unsupported(&link, "it is not an Ethernet interface; take it down or out of the namespace");
-        }
-        if link.lower.is_some_and(|lower| up.contains(&lower)) {
-            return unsupported(&link, "it sits on another interface of the namespace; make it on the host instead");
-        }
-        chosen.push(link);
-    }
-    if chosen.len() > MAX_INTERFACES {
-        return Err(NetworkError::TooMany { found: chosen.len(), most: MAX_INTERFACES });
-    }
-    Ok(chosen)
-}
-
 fn write_note(path: &Path, note: &Note) -> Result<(), NetworkError> {
     let json = serde_json::to_vec(note).map_err(io::Error::from);
     json.and_then(|json| std::fs::write(path, json))
         .map_err(|source| NetworkError::Note { path: path.to_owned(), source })
-}
-
-impl Attachment {
-    /// The taps, in the order in which the description has the interfaces. Once.
-    pub(crate) fn take_taps(&mut self) -> Vec<TapInterface> {
-        std::mem::take(&mut self.taps)
-    }
-
-    /// The addresses of global scope in the description.
-    pub(crate) fn addresses(&self) -> Vec<IpAddr> {
-        let addresses = self.description.interfaces.iter().flat_map(|interface| &interface.addresses);
-        let octets = addresses.filter(|address| address.scope == 0).map(|address| &address.address[..]);
-        let parse = |octets: &[u8]| match *octets {
-            [a, b, c, d] => Some(IpAddr::from([a, b, c, d])),
-            _ => <[u8; 16]>::try_from(octets).ok().map(IpAddr::from),
-        };
-        octets.filter_map(parse).collect()
-    }
-
-    /// What the guest is to have. Once.
-    pub(crate) fn take_description(&mut self) -> wire::Network {
-        std::mem::take(&mut self.description)
-    }
-
-    /// Passes connections to the namespace's loopback addresses on to the guest behind the VMM's socket at `socket`, from
-    /// now on. In a tokio runtime.
-    pub(crate) fn forward(&mut self, socket: &Path) {
-        let started = self.forwarding.take().map(|forwarding| forwarding.start(socket.to_owned())).transpose();
-        match started {
-            Ok(running) => self.forwarded = running,
-            Err(error) => tracing::warn!("connections to 127.0.0.1 do not reach the guest: {error}"),
-        }
-    }
-
-    /// Makes a tap beside an interface and joins the two.
-    fn add_tap(&mut self, link: &Link, queues: usize) -> Result<TapInterface, NetworkError> {
-        let step = |step| interface_step(&link.name, step);
-        let mac = <[u8; 6]>::try_from(&link.mac[..]).ok().and_then(|mac| MacAddress::try_from(mac).ok());
-        let mac = mac.ok_or(NetworkError::Unsupported {
-            name: link.name.clone(),
-            reason: "its address is not that of one interface; give it another one",
-        })?;
-        let Tap { name, queues } = tap::create(TAP_PATTERN, queues).map_err(step("make a tap beside it"))?;
-        let tap = describe::links(&mut self.netlink)
-            .and_then(|links| links.into_iter().find(|link| link.name == name).ok_or(io::ErrorKind::NotFound.into()))
-            .map_err(step("find the tap beside it"))?
-            .index;
-        sysctls::disable_ipv6(&name).map_err(step("keep the tap beside it from speaking IPv6"))?;
-        let mut change = LinkMessage::default();
-        change.header.index = tap;
-        change.header.flags = LinkFlags::Up;
-        change.header.change_mask = LinkFlags::Up;
-        change.attributes.push(LinkAttribute::Mtu(link.mtu));
-        self.netlink
-            .call(RouteNetlinkMessage::SetLink(change), 0)
-            .map_err(step("bring up the tap beside it with its MTU"))?;
-        // First the way out, so that the first packet that comes in finds one for its answer.
-        redirect::add(&mut self.netlink, tap, link.index).map_err(step("redirect the guest's traffic to it"))?;
-        redirect::add(&mut self.netlink, link.index, tap).map_err(step("redirect its traffic to the guest"))?;
-        Ok(TapInterface { queues, mac, mtu: u16::try_from(link.mtu).ok() })
-    }
-}
-
-impl Drop for Attachment {
-    /// Lets the interfaces go. The taps go with the VMM.
-    fn drop(&mut self) {
-        remove_all(&mut self.netlink, &self.redirected);
-        // Gone with the sandbox's directory at the latest.
-        let _ = std::fs::remove_file(&self.note);
-    }
-}
-
-fn remove_all(netlink: &mut Netlink, indices: &[u32]) {
-    for &index in indices {
-        match redirect::remove(netlink, index) {
-            // An interface that has gone has taken its filters with it.
-            Err(error) if rustix::io::Errno::from_io_error(&error) == Some(rustix::io::Errno::NODEV) => {}
-            Err(error) => tracing::warn!("the filter at interface {index} is left behind: {error}"),
-            Ok(()) => {}
-        }
-    }
 }
 
 #[cfg(test)]

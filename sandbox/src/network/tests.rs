@@ -5,9 +5,12 @@ use std::sync::mpsc;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth, LinkInfo};
+use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkInfo};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType};
 
+use super::attachment::{MAX_INTERFACES, chosen};
+use super::describe::{self, Link};
+use super::redirect::{self, Found};
 use super::*;
 
 fn link(index: u32, name: &str) -> Link {
@@ -22,6 +25,10 @@ fn link(index: u32, name: &str) -> Link {
         controller: None,
         lower: None,
     }
+}
+
+fn take_at(path: &Path, queues: usize, dir: &Path) -> Result<Attachment, NetworkError> {
+    attach(&Network::Namespace(path.to_owned()), "test", queues, dir).map(Option::unwrap)
 }
 
 #[test]
@@ -51,11 +58,11 @@ fn what_cannot_be_taken_is_named() {
 #[test]
 fn the_callers_own_network_is_never_taken() {
     let dir = tempfile::tempdir().unwrap();
-    let error = attach(Path::new("/proc/self/ns/net"), 1, dir.path()).unwrap_err();
+    let error = take_at(Path::new("/proc/self/ns/net"), 1, dir.path()).unwrap_err();
     assert!(matches!(error, NetworkError::Host(_)), "{error}");
-    let error = attach(Path::new("/no/such/namespace"), 1, dir.path()).unwrap_err();
+    let error = take_at(Path::new("/no/such/namespace"), 1, dir.path()).unwrap_err();
     assert!(error.to_string().starts_with("cannot open the network namespace /no/such/namespace"), "{error}");
-    assert!(matches!(attach(Path::new("/dev/null"), 1, dir.path()), Err(NetworkError::Enter { .. })));
+    assert!(matches!(take_at(Path::new("/dev/null"), 1, dir.path()), Err(NetworkError::Enter { .. })));
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
@@ -160,7 +167,7 @@ impl Namespace {
 /// Brings up the loopback interface of the calling thread's namespace.
 pub(super) fn raise_loopback() {
     let mut lo = LinkMessage::default();
-    lo.header.index = 1;
+    lo.header.index = LOOPBACK_INDEX;
     lo.header.flags = LinkFlags::Up;
     lo.header.change_mask = LinkFlags::Up;
     Netlink::open().unwrap().call(RouteNetlinkMessage::SetLink(lo), 0).unwrap();
@@ -193,12 +200,12 @@ fn an_interface_is_described_and_joined_to_a_tap() {
 fn what_was_done_is_undone() {
     let Some(mut namespace) = namespace() else { return };
     let dir = tempfile::tempdir().unwrap();
-    let mut attachment = attach(&namespace.path, 2, dir.path()).unwrap();
+    let mut attachment = take_at(&namespace.path, 2, dir.path()).unwrap();
     assert_eq!(namespace.found(), Found::Live);
     let taps = attachment.take_taps();
     assert_eq!((taps.len(), taps[0].queues.len(), taps[0].mtu), (1, 2, Some(1450)));
     assert!(attachment.take_description().sysctls.contains_key("ipv4/conf/eth0/rp_filter"));
-    assert!(matches!(attach(&namespace.path, 1, dir.path()), Err(NetworkError::Taken(name)) if name == "eth0"));
+    assert!(matches!(take_at(&namespace.path, 1, dir.path()), Err(NetworkError::Taken(name)) if name == "eth0"));
     assert!(namespace.index("hull0").is_some());
     drop(attachment);
     assert!(!namespace.has_qdisc());
@@ -211,7 +218,7 @@ fn what_was_done_is_undone() {
 fn a_dead_owners_filter_is_swept() {
     let Some(mut namespace) = namespace() else { return };
     let dir = tempfile::tempdir().unwrap();
-    let mut attachment = attach(&namespace.path, 1, dir.path()).unwrap();
+    let mut attachment = take_at(&namespace.path, 1, dir.path()).unwrap();
     drop(attachment.take_taps());
     // As if killed: nothing of it runs.
     std::mem::forget(attachment);
@@ -224,10 +231,10 @@ fn a_dead_owners_filter_is_swept() {
 fn the_next_sandbox_removes_what_a_dead_one_left() {
     let Some(mut namespace) = namespace() else { return };
     let dir = tempfile::tempdir().unwrap();
-    let mut attachment = attach(&namespace.path, 1, dir.path()).unwrap();
+    let mut attachment = take_at(&namespace.path, 1, dir.path()).unwrap();
     drop(attachment.take_taps());
     std::mem::forget(attachment);
-    let attachment = attach(&namespace.path, 1, dir.path()).unwrap();
+    let attachment = take_at(&namespace.path, 1, dir.path()).unwrap();
     assert_eq!(namespace.found(), Found::Live);
     drop(attachment);
     assert!(!namespace.has_qdisc());

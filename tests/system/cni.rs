@@ -75,7 +75,7 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        let _ = std::process::Command::new("ip").args(["link", "del", &self.bridge()]).status();
+        let _ = std::process::Command::new("ip").args(["link", "del", &self.bridge()]).output();
     }
 }
 
@@ -184,7 +184,7 @@ fn a_plugin_that_fails_is_shown_and_undone() {
     run("cni:broken", &[]).failed(&["plugin bad failed (ADD)", "no more addresses"]);
     assert_eq!(fs::read_to_string(&log).unwrap(), "good ADD\nbad ADD\nbad DEL\ngood DEL\n");
     run("cni:broken", &["-p", "1:1"]).failed(&["broken publishes no ports", "portmap"]);
-    run("cni:none", &[]).failed(&["no network none", "broken, test"]);
+    run("cni:none", &[]).failed(&["no network none", "test, broken"]);
     run("cni:test", &[]).failed(&["plugin \"bridge\" is not in", "CNI_PATH"]);
     run("none", &["-p", "1:1"]).failed(&["-p needs a network"]);
     assert!(!Path::new("/sys/class/net").join(network.bridge()).exists());

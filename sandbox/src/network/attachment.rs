@@ -46,7 +46,7 @@ pub(crate) struct Attachment {
     note: PathBuf,
     /// The plugins' end comes before that of the namespace.
     pub(super) cni: Option<Cni>,
-    _namespace: OwnedFd,
+    namespace: Option<OwnedFd>,
 }
 
 impl Attachment {
@@ -120,6 +120,7 @@ impl Drop for Attachment {
     fn drop(&mut self) {
         remove_all(&mut self.netlink, &self.redirected);
         drop(self.cni.take());
+        drop(self.namespace.take());
         // Gone with the sandbox's directory at the latest.
         let _ = std::fs::remove_file(&self.note);
     }
@@ -145,7 +146,7 @@ pub(super) fn take(
     note_path: PathBuf,
     note: impl FnOnce(Vec<u32>) -> Option<Note> + Send,
 ) -> Result<Attachment, NetworkError> {
-    inside(path, &namespace, || {
+    let mut attachment = inside(path, &namespace, || {
         let mut netlink = Netlink::open().map_err(namespace_step("open a netlink socket"))?;
         let (links, description) = look(&mut netlink)?;
         let forwarding = Forwarding::open(&namespace).inspect_err(|error| {
@@ -164,14 +165,17 @@ pub(super) fn take(
             forwarded: None,
             note: note_path,
             cni: None,
-            _namespace: namespace.try_clone().map_err(namespace_step("keep it open"))?,
+            namespace: None,
         };
         for link in &links {
             let tap = attachment.add_tap(link, queues)?;
             attachment.taps.push(tap);
         }
-        Ok(attachment)
-    })?
+        Ok::<_, NetworkError>(attachment)
+    })??;
+    // The very descriptor: it is by its number that plugins know the namespace.
+    attachment.namespace = Some(namespace);
+    Ok(attachment)
 }
 
 /// Reads what there is in the namespace, and sees to it that nobody else has it.

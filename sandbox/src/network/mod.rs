@@ -11,12 +11,12 @@
 //!                  └───────(redirect: ingress)────┘
 //! ```
 //!
-//! **Ends.** Taps go with their last descriptor, which the VMM has. The filters are removed when [`Attachment`] is dropped. An
-//! owner that is killed leaves the filter at the interface, and a note in its directory by which [`sweep`] finds it; the next
+//! **Ends.** Taps go with their last descriptor, which the VMM has. The filters are removed when `Attachment` is dropped. An
+//! owner that is killed leaves the filter at the interface, and a note in its directory by which `sweep` finds it; the next
 //! sandbox that gets the namespace removes it too.
 //!
 //! **Loopback.** Connections to a loopback address of the namespace, which no filter sees, are passed on by the owner:
-//! see [`forward`].
+//! see `forward`.
 //!
 //! **Threads.** A namespace is entered by a thread that ends afterwards. What is done later goes through a socket that the
 //! thread leaves behind, which keeps speaking of that namespace.
@@ -70,7 +70,7 @@ pub enum Network {
     },
 }
 
-/// What [`sweep`] needs to know.
+/// What `sweep` needs to know.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Note {

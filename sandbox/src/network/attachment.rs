@@ -44,9 +44,7 @@ pub(crate) struct Attachment {
     forwarding: Option<Forwarding>,
     forwarded: Option<forward::Running>,
     note: PathBuf,
-    /// The plugins' end comes before that of the namespace.
     pub(super) cni: Option<Cni>,
-    namespace: Option<OwnedFd>,
 }
 
 impl Attachment {
@@ -120,7 +118,6 @@ impl Drop for Attachment {
     fn drop(&mut self) {
         remove_all(&mut self.netlink, &self.redirected);
         drop(self.cni.take());
-        drop(self.namespace.take());
         // Gone with the sandbox's directory at the latest.
         let _ = std::fs::remove_file(&self.note);
     }
@@ -141,15 +138,15 @@ pub(super) fn remove_all(netlink: &mut Netlink, indices: &[u32]) {
 /// Takes the interfaces of a namespace. `note` says what to write down before anything is done to these interfaces.
 pub(super) fn take(
     path: &Path,
-    namespace: OwnedFd,
+    namespace: &OwnedFd,
     queues: usize,
     note_path: PathBuf,
     note: impl FnOnce(Vec<u32>) -> Option<Note> + Send,
 ) -> Result<Attachment, NetworkError> {
-    let mut attachment = inside(path, &namespace, || {
+    inside(path, namespace, || {
         let mut netlink = Netlink::open().map_err(namespace_step("open a netlink socket"))?;
         let (links, description) = look(&mut netlink)?;
-        let forwarding = Forwarding::open(&namespace).inspect_err(|error| {
+        let forwarding = Forwarding::open(namespace).inspect_err(|error| {
             tracing::warn!("connections to 127.0.0.1 in {} do not reach the guest: {error}", path.display());
         });
         let redirected: Vec<u32> = links.iter().map(|link| link.index).collect();
@@ -165,17 +162,13 @@ pub(super) fn take(
             forwarded: None,
             note: note_path,
             cni: None,
-            namespace: None,
         };
         for link in &links {
             let tap = attachment.add_tap(link, queues)?;
             attachment.taps.push(tap);
         }
-        Ok::<_, NetworkError>(attachment)
-    })??;
-    // The very descriptor: it is by its number that plugins know the namespace.
-    attachment.namespace = Some(namespace);
-    Ok(attachment)
+        Ok(attachment)
+    })?
 }
 
 /// Reads what there is in the namespace, and sees to it that nobody else has it.

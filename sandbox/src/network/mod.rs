@@ -111,7 +111,7 @@ fn attach_namespace(path: &Path, queues: usize, note: PathBuf) -> Result<Attachm
     if own.is_ok_and(|own| own == identity) {
         return Err(NetworkError::Host(path.to_owned()));
     }
-    take(path, namespace, queues, note, |interfaces| {
+    take(path, &namespace, queues, note, |interfaces| {
         let redirected = Redirected { namespace: path.to_owned(), identity, interfaces };
         Some(Note { redirected: Some(redirected), cni: None })
     })
@@ -124,16 +124,14 @@ fn attach_cni(
     queues: usize,
     note: PathBuf,
 ) -> Result<Attachment, NetworkError> {
-    let namespace = make_namespace().map_err(NetworkError::Make)?;
-    let path = cni::path_of(&namespace);
-    let mut cni = Cni::find(id, name, ports, path.display().to_string())?;
+    let mut cni = Cni::find(id, name, ports, make_namespace().map_err(NetworkError::Make)?)?;
     let write = |cni: &Cni| write_note(&note, &Note { redirected: None, cni: Some(cni.note().clone()) });
     // Before: what plugins do half-way is to be undone too. After: with their result they can undo more.
     write(&cni)?;
     cni.add()?;
     write(&cni)?;
     // The namespace goes with its owner, and the filters with it, so the note stays as it is.
-    let mut attachment = take(&path, namespace, queues, note, |_| None)?;
+    let mut attachment = take(&cni.path(), cni.namespace(), queues, note, |_| None)?;
     attachment.cni = Some(cni);
     Ok(attachment)
 }

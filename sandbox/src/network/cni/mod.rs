@@ -9,6 +9,7 @@ mod config;
 mod plugin;
 
 use std::net::IpAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -111,24 +112,36 @@ pub(super) struct CniNote {
 pub(super) struct Cni {
     caller: Caller,
     note: CniNote,
+    /// Open until the plugins have let go: they know it by this descriptor's number.
+    namespace: OwnedFd,
 }
 
 impl Cni {
-    /// Finds the network called `name` and checks that it can do what is wanted. Nothing is done yet.
+    /// Finds the network called `name` and checks that it can do what is wanted. Nothing is done to the namespace yet.
     pub(super) fn find(
         container_id: &str,
         name: &str,
         ports: &[PortMapping],
-        namespace: String,
+        namespace: OwnedFd,
     ) -> Result<Self, CniError> {
         let dir = std::env::var_os("NETCONFPATH").map_or_else(|| PathBuf::from(CONFIGURATIONS), PathBuf::from);
         let list = config::find(&dir, name)?;
         if !ports.is_empty() && !list.maps_ports() {
             return Err(CniError::NoPorts(name.to_owned()));
         }
-        let caller = Caller::new(container_id, namespace, INTERFACE);
+        let caller = Caller::new(container_id, path_of(&namespace).display().to_string(), INTERFACE);
         let note = CniNote { container_id: container_id.to_owned(), list, ports: ports.to_vec(), result: None };
-        Ok(Self { caller, note })
+        Ok(Self { caller, note, namespace })
+    }
+
+    /// The namespace.
+    pub(super) fn namespace(&self) -> &OwnedFd {
+        &self.namespace
+    }
+
+    /// The path by which other processes open the namespace.
+    pub(super) fn path(&self) -> PathBuf {
+        path_of(&self.namespace)
     }
 
     /// What is to be written down before [`add`](Self::add), and again after it.
@@ -191,7 +204,7 @@ fn resolv_conf(dns: &Value) -> String {
 }
 
 /// The path by which plugins, other processes of the host, open a namespace that this process has open.
-pub(super) fn path_of(namespace: &impl std::os::fd::AsRawFd) -> PathBuf {
+fn path_of(namespace: &OwnedFd) -> PathBuf {
     Path::new("/proc").join(std::process::id().to_string()).join("fd").join(namespace.as_raw_fd().to_string())
 }
 

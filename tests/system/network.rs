@@ -53,18 +53,28 @@ fn the_guest_has_what_the_namespace_has() {
     netns.ip("route add 192.0.2.0/24 dev eth0 metric 7");
     netns.ip("route add unreachable 198.51.100.0/24");
     netns.ip("route add 203.0.113.0/24 via 10.99.0.1 dev eth0 onlink table 77");
+    netns.ip("rule add from 10.88.0.0/16 iif eth0 fwmark 0x7/0xff lookup 77 priority 500");
+    netns.ip("-6 rule add to 2001:db8::/32 unreachable priority 600");
     let link = netns.ip("-o link show eth0");
     let mac = link.split_whitespace().skip_while(|word| *word != "link/ether").nth(1).unwrap();
     let said = run(
         &netns,
         "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu; ip -o addr show dev eth0; ip neigh show nud permanent
-         echo ROUTES; ip route; ip route show table 77; ip -6 route show",
+         ip rule; ip -6 rule; echo ROUTES; ip route; ip route show table 77; ip -6 route show",
     );
     let said = said.ok();
     let (own, routes) = said.split_once("ROUTES\n").unwrap();
     let mut lines = own.lines();
+    let rule = "500:\tfrom 10.88.0.0/16";
     assert_eq!((lines.next(), lines.next()), (Some(mac), Some("1400")));
-    for wanted in [&format!("{}/24", netns.address()), &format!("{}/64", netns.address6()), "10.88.0.77", "fe80::"] {
+    for wanted in [
+        &format!("{}/24", netns.address()),
+        &format!("{}/64", netns.address6()),
+        "10.88.0.77",
+        "fe80::",
+        rule,
+        "2001:db8::/32",
+    ] {
         assert!(own.contains(wanted), "{wanted} is not in {own}");
     }
     let mut expected = netns.ip("route") + &netns.ip("route show table 77");

@@ -63,6 +63,7 @@ pub(crate) struct Network {
     pub(crate) routes: Vec<Route>,
     /// By path below /proc/sys/net.
     pub(crate) sysctls: HashMap<String, String>,
+    pub(crate) rules: Vec<Rule>,
 }
 
 #[derive(Debug)]
@@ -117,6 +118,17 @@ pub(crate) struct NextHop {
     pub(crate) weight: u16,
 }
 
+#[derive(Debug)]
+pub(crate) struct Rule {
+    pub(crate) family: u8,
+    pub(crate) destination_prefix_length: u8,
+    pub(crate) source_prefix_length: u8,
+    pub(crate) tos: u8,
+    pub(crate) action: u8,
+    pub(crate) flags: u32,
+    pub(crate) attributes: Vec<(u16, Vec<u8>)>,
+}
+
 /// Makes the guest's network.
 pub(crate) fn set_up(network: &Network) -> Result<()> {
     let mut netlink = Netlink::open().step("open a netlink socket")?;
@@ -127,6 +139,12 @@ pub(crate) fn set_up(network: &Network) -> Result<()> {
     }
     for route in &network.routes {
         add_route(&mut netlink, route)?;
+    }
+    for rule in &network.rules {
+        match netlink.call(new_rule(rule)) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            result => result.step("add a routing rule")?,
+        }
     }
     Ok(())
 }
@@ -307,6 +325,16 @@ fn new_route(route: &Route, hops: &[(&NextHop, u32)]) -> Request {
             request.with_hop(hop_flags(hop), hops, *index, |request| with_gateway(request, route.family, hop))
         })
     })
+}
+
+/// `struct fib_rule_hdr`: family, prefix lengths of destination and source, type of service, table, action, flags.
+fn new_rule(rule: &Rule) -> Request {
+    let (family, lengths) = (rule.family, [rule.destination_prefix_length, rule.source_prefix_length]);
+    // The table is an attribute; behind it two bytes without a meaning.
+    let mut body = vec![family, lengths[0], lengths[1], rule.tos, 0, 0, 0, rule.action];
+    body.extend(rule.flags.to_ne_bytes());
+    let add = |request: Request, (kind, value): &(u16, Vec<u8>)| request.with(*kind, value);
+    rule.attributes.iter().fold(Request::new(Kind::Rule, &body), add)
 }
 
 fn hop_flags(hop: &NextHop) -> u8 {

@@ -20,8 +20,9 @@ const NLMSG_ERROR: u16 = 2;
 
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
-/// Make what is missing; replace what is there, or put it behind that.
+/// Make what is missing; replace what is there, refuse to, or put it behind that.
 const NLM_F_REPLACE: u16 = 0x100;
+const NLM_F_EXCL: u16 = 0x200;
 const NLM_F_CREATE: u16 = 0x400;
 const NLM_F_APPEND: u16 = 0x800;
 /// Marks an attribute that consists of attributes.
@@ -35,6 +36,7 @@ pub(super) enum Kind {
     Address = 20,
     Route = 24,
     Neighbour = 28,
+    Rule = 32,
 }
 
 /// A message in the making: a structure of fixed size, then attributes.
@@ -43,12 +45,14 @@ pub(super) struct Request(Vec<u8>);
 
 impl Request {
     /// A request to make what `body`, the structure for its kind, and attributes describe. A link is only ever
-    /// changed; an address or neighbour that is there is replaced; a route comes behind others for its destination.
+    /// changed; an address or neighbour that is there is replaced; a route comes behind others for its destination;
+    /// a rule that is there is an error.
     pub(super) fn new(kind: Kind, body: &[u8]) -> Self {
         let make = match kind {
             Kind::Link => 0,
             Kind::Address | Kind::Neighbour => NLM_F_CREATE | NLM_F_REPLACE,
             Kind::Route => NLM_F_CREATE | NLM_F_APPEND,
+            Kind::Rule => NLM_F_CREATE | NLM_F_EXCL,
         };
         let mut message = vec![0; HEADER_BYTES];
         message[4..6].copy_from_slice(&(kind as u16).to_ne_bytes());

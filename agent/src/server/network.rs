@@ -5,10 +5,13 @@ use std::net::IpAddr;
 use hull_protocol::agent as wire;
 
 use crate::error::{Error, Result};
-use crate::network::{AF_INET, AF_INET6, Address, Interface, Neighbour, Network, NextHop, Route, family};
+use crate::network::{AF_INET, AF_INET6, Address, Interface, Neighbour, Network, NextHop, Route, Rule, family};
 
 /// Longest name of an interface in Linux.
 const NAME_BYTES: usize = 15;
+/// Most attributes of a rule, of which Linux knows 25, and longest value: an interface's name.
+const ATTRIBUTES: usize = 64;
+const VALUE_BYTES: usize = 16;
 /// Most next hops of a route, and metrics: they share one attribute of 64 KiB. Linux knows 17 metrics.
 const HOPS: usize = 256;
 const METRICS: usize = 64;
@@ -21,6 +24,7 @@ pub(super) fn network(network: wire::Network) -> Result<Network> {
         interfaces: network.interfaces.into_iter().map(interface).collect::<Result<_>>()?,
         routes: network.routes.into_iter().map(route).collect::<Result<_>>()?,
         sysctls: network.sysctls,
+        rules: network.rules.into_iter().map(rule).collect::<Result<_>>()?,
     })
 }
 
@@ -61,10 +65,7 @@ fn neighbour(neighbour: wire::Neighbour) -> Result<Neighbour> {
 }
 
 fn route(route: wire::Route) -> Result<Route> {
-    let family = match u8::try_from(route.family) {
-        Ok(family @ (AF_INET | AF_INET6)) => family,
-        _ => return Err(Error::invalid("network.routes.family", format!("{} is not known", route.family))),
-    };
+    let family = known_family("network.routes.family", route.family)?;
     if route.next_hops.len() > HOPS || route.metrics.len() > METRICS {
         return Err(Error::invalid("network.routes", format!("one has more than {HOPS} hops or {METRICS} metrics")));
     }
@@ -88,6 +89,35 @@ fn route(route: wire::Route) -> Result<Route> {
         next_hops: route.next_hops.into_iter().map(next_hop).collect::<Result<_>>()?,
         metrics: route.metrics.into_iter().map(metric).collect::<Result<_>>()?,
     })
+}
+
+fn rule(rule: wire::Rule) -> Result<Rule> {
+    let field = "network.rules";
+    let family = known_family("network.rules.family", rule.family)?;
+    if rule.attributes.len() > ATTRIBUTES || rule.attributes.values().any(|value| value.len() > VALUE_BYTES) {
+        return Err(Error::invalid(field, format!("one has more than {ATTRIBUTES} attributes, or a long one")));
+    }
+    let attribute = |(kind, value): (u32, Vec<u8>)| match u16::try_from(kind) {
+        Ok(kind) => Ok((kind, value)),
+        Err(_) => Err(Error::invalid(field, format!("{kind} is no attribute"))),
+    };
+    let length = |length| prefix_length(field, length, family);
+    Ok(Rule {
+        family,
+        destination_prefix_length: length(rule.destination_prefix_length)?,
+        source_prefix_length: length(rule.source_prefix_length)?,
+        tos: byte(field, rule.tos)?,
+        action: byte(field, rule.action)?,
+        flags: rule.flags,
+        attributes: rule.attributes.into_iter().map(attribute).collect::<Result<_>>()?,
+    })
+}
+
+fn known_family(field: &'static str, family: u32) -> Result<u8> {
+    match u8::try_from(family) {
+        Ok(family @ (AF_INET | AF_INET6)) => Ok(family),
+        _ => Err(Error::invalid(field, format!("{family} is not known"))),
+    }
 }
 
 fn next_hop(hop: wire::NextHop) -> Result<NextHop> {
@@ -204,6 +234,12 @@ mod tests {
         };
         assert!(with_hop(256).is_ok());
         assert!(with_hop(0).is_err() && with_hop(257).is_err());
+        let rule = |value: Vec<u8>| {
+            let rule = wire::Rule { family: 2, attributes: [(6, value)].into(), ..Default::default() };
+            network(wire::Network { rules: vec![rule], ..Default::default() })
+        };
+        assert!(rule(vec![1, 0, 0, 0]).is_ok());
+        assert!(rule(vec![0; 17]).is_err());
         for (path, valid) in [("ipv4/conf/eth0.5/rp_filter", true), ("../kernel/x", false), ("/ipv4/x", false)] {
             let sysctls = [(path.to_owned(), "1".to_owned())].into();
             assert_eq!(network(wire::Network { sysctls, ..Default::default() }).is_ok(), valid, "{path}");

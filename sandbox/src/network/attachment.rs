@@ -17,7 +17,7 @@ use super::error::{NetworkError, interface_step, namespace_step};
 use super::forward::{self, Forwarding};
 use super::netlink::Netlink;
 use super::redirect::{self, Found};
-use super::{Note, inside, sysctls, write_note};
+use super::{Note, inside, rules, sysctls, write_note};
 
 /// Most interfaces of a sandbox: half of the places on the guest's bus.
 pub(super) const MAX_INTERFACES: usize = 16;
@@ -176,6 +176,7 @@ fn look(netlink: &mut Netlink) -> Result<(Vec<Link>, wire::Network), NetworkErro
     let links = chosen(describe::links(netlink).map_err(namespace_step("list the interfaces"))?)?;
     let mut description =
         describe::describe(netlink, &links).map_err(namespace_step("read addresses, routes and neighbours"))?;
+    description.rules = rules::describe(netlink).map_err(namespace_step("read the routing rules"))?;
     description.sysctls = sysctls::read(links.iter().map(|link| link.name.as_str()));
     for link in &links {
         let found = redirect::look(netlink, link.index).map_err(interface_step(&link.name, "read its filters"))?;

@@ -28,6 +28,7 @@ mod error;
 mod forward;
 mod netlink;
 mod redirect;
+mod rules;
 mod sysctls;
 
 use std::io;

@@ -67,7 +67,16 @@ fn read(path: &Path) -> Result<NetworkList, CniError> {
     parse(&json).map_err(|source| CniError::Parse { path: path.to_owned(), source })
 }
 
+/// Every plugin of what it returns has a `type`.
 fn parse(json: &[u8]) -> serde_json::Result<NetworkList> {
+    let list = parse_list(json)?;
+    match list.plugins.iter().all(|plugin| plugin.get("type").is_some_and(Value::is_string)) {
+        true => Ok(list),
+        false => Err(serde::de::Error::missing_field("type")),
+    }
+}
+
+fn parse_list(json: &[u8]) -> serde_json::Result<NetworkList> {
     let value: Value = serde_json::from_slice(json)?;
     if value.get("plugins").is_some() {
         return serde_json::from_value(value);
@@ -129,6 +138,7 @@ mod tests {
     fn a_network_is_found_by_its_name() {
         let dir = directory(&[
             ("10-broken.conflist", "{"),
+            ("11-typeless.conflist", r#"{"name": "typeless", "plugins": [{}]}"#),
             ("20-one.conf", r#"{"name": "one", "type": "bridge"}"#),
             ("30-test.conflist", LIST),
             ("40-test.txt", "not looked at"),
@@ -141,6 +151,7 @@ mod tests {
         let unknown = find(dir.path(), "other").unwrap_err().to_string();
         assert!(unknown.contains("one, test"), "{unknown}");
         assert!(matches!(find(dir.path(), "10-broken"), Err(CniError::Parse { .. })));
+        assert!(matches!(find(dir.path(), "11-typeless"), Err(CniError::Parse { .. })));
         assert!(matches!(find(Path::new("/no/such/dir"), "x"), Err(CniError::Unknown { .. })));
     }
 

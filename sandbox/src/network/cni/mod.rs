@@ -130,6 +130,10 @@ impl Cni {
             return Err(CniError::NoPorts(name.to_owned()));
         }
         let caller = Caller::new(container_id, path_of(&namespace).display().to_string(), INTERFACE);
+        for plugin in &list.plugins {
+            // Before any is called: one that is not there cannot undo what the others did either.
+            caller.program(plugin["type"].as_str().unwrap_or_default())?;
+        }
         let note = CniNote { container_id: container_id.to_owned(), list, ports: ports.to_vec(), result: None };
         Ok(Self { caller, note, namespace })
     }

@@ -48,8 +48,7 @@ impl Caller {
     pub(super) fn call(&self, command: &'static str, input: &Value) -> Result<Option<Value>, CniError> {
         let kind = input["type"].as_str().unwrap_or_default();
         let failed = |reason: String| CniError::Plugin { plugin: printable(kind), command, reason };
-        let program =
-            self.find(kind).ok_or_else(|| CniError::Missing { plugin: printable(kind), path: self.path.clone() })?;
+        let program = self.program(kind)?;
         let io = |error: std::io::Error| failed(error.to_string());
         let mut child = Command::new(program)
             .env("CNI_COMMAND", command)
@@ -83,11 +82,11 @@ impl Caller {
     }
 
     /// A plugin's program. Its name is a name, not a path.
-    fn find(&self, kind: &str) -> Option<PathBuf> {
-        if kind.is_empty() || kind.contains('/') || kind == "." || kind == ".." {
-            return None;
-        }
-        self.path.split(':').map(|dir| Path::new(dir).join(kind)).find(|path| path.is_file())
+    pub(super) fn program(&self, kind: &str) -> Result<PathBuf, CniError> {
+        let is_name = !kind.is_empty() && !kind.contains('/') && kind != "." && kind != "..";
+        let mut places = self.path.split(':').map(|dir| Path::new(dir).join(kind));
+        let program = if is_name { places.find(|path| path.is_file()) } else { None };
+        program.ok_or_else(|| CniError::Missing { plugin: printable(kind), path: self.path.clone() })
     }
 
     /// Waits for a plugin's end; false where it had to be killed.

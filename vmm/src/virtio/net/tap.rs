@@ -195,6 +195,50 @@ mod tests {
         assert_eq!(flags(feature::GUEST_CSUM | feature::GUEST_USO & (1 << 54)) & uso, 0);
     }
 
+    /// A tap in a namespace of the calling thread's own, where the machine lets tests make one.
+    fn tap(flags: libc::c_int, queues: usize) -> Option<Vec<OwnedFd>> {
+        // SAFETY: affects this thread alone.
+        if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+            eprintln!("skipped: this machine lets nobody make network namespaces");
+            return None;
+        }
+        let mut interface = no_interface();
+        interface.ifr_ifru.ifru_flags = flags as libc::c_short;
+        let open = || {
+            let device = std::fs::File::options().read(true).write(true).open("/dev/net/tun").ok()?;
+            let fd = OwnedFd::from(device);
+            request(&fd, libc::TUNSETIFF, (&raw mut interface) as libc::c_ulong).ok()?;
+            Some(fd)
+        };
+        std::iter::repeat_with(open).take(queues).collect()
+    }
+
+    const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+
+    #[test]
+    fn a_tap_takes_what_a_driver_may_ask_for() {
+        let Some(fds) = tap(FLAGS | libc::IFF_MULTI_QUEUE, 2) else { return };
+        let taps: Vec<Tap> = fds.into_iter().map(|fd| Tap::new(fd, true).unwrap()).collect();
+        for features in [0, feature::GUEST_CSUM, feature::ALL_GUEST_OFFLOADS & !feature::GUEST_USO] {
+            taps[0].set_offloads(features).unwrap();
+        }
+        taps[1].set_attached(false).unwrap();
+        let mut packet = [0_u8; 64];
+        let parts = [libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() }];
+        // SAFETY: the one part is a live buffer of that length.
+        let error = unsafe { read(taps[1].fd(), &parts) }.unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADFD));
+        taps[1].set_attached(true).unwrap();
+    }
+
+    #[test]
+    fn a_tap_made_in_another_way_is_refused() {
+        let Some(mut fds) = tap(FLAGS & !libc::IFF_VNET_HDR, 1) else { return };
+        assert!(matches!(Tap::new(fds.remove(0), false), Err(TapError::Flags(_))));
+        let Some(mut fds) = tap(FLAGS, 1) else { return };
+        assert!(matches!(Tap::new(fds.remove(0), true), Err(TapError::SingleQueue)));
+    }
+
     #[test]
     fn a_descriptor_that_is_no_tap_is_refused() {
         let null = std::fs::File::open("/dev/null").unwrap();

@@ -328,6 +328,44 @@ fn the_configuration_tells_address_link_and_pairs() {
     assert_eq!(b.net.queue_sizes().len(), 5);
 }
 
+/// How often the thread of this name has gone to sleep.
+fn sleeps(thread: &str) -> Option<u64> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let read = |task: &std::path::Path, file: &str| std::fs::read_to_string(task.join(file)).unwrap_or_default();
+    let task = tasks.map(|task| task.unwrap().path()).find(|task| read(task, "comm").trim() == thread)?;
+    let status = read(&task, "status");
+    let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?;
+    count.trim().parse().ok()
+}
+
+#[test]
+fn an_idle_interface_wakes_nobody() {
+    let memory = memory(0x80_0000);
+    let interrupt = Arc::new(FakeInterrupt::default());
+    let mut rx = DriverQueue::new(&memory, 0, QUEUE_SIZE);
+    let tx = DriverQueue::new(&memory, 0x1_0000, QUEUE_SIZE);
+    let (tap, wire) = wire();
+    let mut net = Net::with_queues("idle", vec![tap], MAC, None).unwrap();
+    net.activate(activation(&memory, ALL, &interrupt, &[&rx, &tx])).unwrap();
+    let settle = || std::thread::sleep(Duration::from_millis(50));
+    // Without buffers, even with a packet waiting; then with buffers and nothing to put into them.
+    wire.socket.send(&packet(50)).unwrap();
+    settle();
+    for lend in [true, false] {
+        let before = sleeps("net-idle-0").unwrap();
+        settle();
+        assert_eq!(sleeps("net-idle-0"), Some(before));
+        if lend {
+            for index in 0..64 {
+                rx.add(&[(BUFFERS + index * 1536, 1536, true)]);
+            }
+            rx.kick.write(1).unwrap();
+            wait_used(&mut rx);
+            settle();
+        }
+    }
+}
+
 #[test]
 fn a_missing_queue_is_an_error() {
     let memory = memory(0x10_0000);

@@ -78,8 +78,6 @@ impl Shared {
             if pair.enabled.load(Ordering::Acquire) == enabled {
                 continue;
             }
-            // Off before it is detached and on after it is attached: an error between is then no loss of the link.
-            pair.enabled.fetch_and(enabled, Ordering::AcqRel);
             if let Err(error) = pair.tap.set_attached(enabled) {
                 crate::log::warn(format_args!("a network queue cannot be switched: {error}"));
                 return false;
@@ -249,9 +247,8 @@ impl Worker {
     /// What to do after a read that failed.
     fn after(&mut self, error: &io::Error) -> Wait {
         match error.raw_os_error() {
-            // The descriptor has no interface: this queue was switched off meanwhile, or the interface was deleted.
-            Some(libc::EBADFD) if self.pair().enabled.load(Ordering::Acquire) => self.lose_link(),
-            Some(libc::EBADFD) => Wait::Forever,
+            // The descriptor has no interface any more: somebody deleted it.
+            Some(libc::EBADFD) => self.lose_link(),
             // Buffers that the kernel cannot write to, though they are the guest's memory: this read's packet is lost.
             _ => {
                 count(&self.shared.counters.rx_dropped, 1);

@@ -173,6 +173,7 @@ fn packets_of_impossible_length_are_lost_not_sent() {
     }
     b.send(&[(BUFFERS, 26, false)]);
     assert_eq!(b.received().len(), 26);
+    wait_used(&mut b.tx);
     assert_eq!((b.counter("tx_dropped"), b.counter("tx_packets")), (5, 1));
     assert!(b.interrupt.resets.lock().unwrap().is_empty());
 }

@@ -243,7 +243,7 @@ pub(crate) struct Boot {
     #[arg(long, value_name = "FILE[:ro]")]
     pub disk: Vec<String>,
     /// The kernel's command line
-    #[arg(long, value_name = "WORDS", default_value = "console=hvc0 panic=-1 reboot=t")]
+    #[arg(long, value_name = "WORDS", default_value = "console=hvc0 panic=-1")]
     pub cmdline: String,
     /// Virtual CPUs, 1 to 64
     #[arg(long, value_name = "N", default_value_t = 1)]

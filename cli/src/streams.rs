@@ -1,7 +1,10 @@
 //! Carries bytes between this process's standard streams and a program's.
 //!
 //! Each direction is a thread that blocks: the slowest of program, guest, VMM and reader holds up the rest, and nothing is kept
-//! in between. The kernel moves the bytes where it can (splice, through `std::io::copy`).
+//! in between.
+//!
+//! Bytes are read and written, not spliced: splice(2) into a pipe holds the pipe's lock while it waits for its source, and
+//! meanwhile who reads the pipe can neither take what is in it nor be killed.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -79,8 +82,7 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHan
 /// Carries input. The end of it is passed on as a half-close, but for a terminal, where it would hang up.
 fn send(mut source: File, connection: &UnixStream, half_close: bool) {
     let mut target = connection;
-    // An error means that one side has gone: there is nothing more to carry.
-    let _ = io::copy(&mut source, &mut target);
+    carry(&mut source, |bytes| target.write_all(bytes).is_ok());
     if half_close {
         let _ = connection.shutdown(Shutdown::Write);
     }
@@ -88,21 +90,63 @@ fn send(mut source: File, connection: &UnixStream, half_close: bool) {
 
 /// Carries output. When nobody reads it any more the connection is closed, and the program finds its pipe broken.
 fn receive(mut connection: UnixStream, target: Option<File>, log: Option<&Mutex<LogWriter>>, stream: Stream) {
-    let Some(log) = log else {
-        let carried = match target {
-            Some(mut target) => io::copy(&mut connection, &mut target),
-            None => io::copy(&mut connection, &mut io::sink()),
-        };
-        drop(carried);
-        return;
-    };
-    let mut buffer = vec![0; 16 * 1024];
     let mut target = target;
-    while let Ok(count @ 1..) = connection.read(&mut buffer) {
-        let bytes = &buffer[..count];
-        log.lock().unwrap_or_else(PoisonError::into_inner).write(stream, bytes);
-        if target.as_mut().is_some_and(|target| target.write_all(bytes).is_err()) {
-            break;
+    carry(&mut connection, |bytes| {
+        if let Some(log) = log {
+            log.lock().unwrap_or_else(PoisonError::into_inner).write(stream, bytes);
         }
+        target.as_mut().is_none_or(|target| target.write_all(bytes).is_ok())
+    });
+}
+
+/// Gives all of `source` to `take`, piece by piece as it comes, until one of the two has gone.
+fn carry(source: &mut impl Read, mut take: impl FnMut(&[u8]) -> bool) {
+    // What a pipe holds, and a packet of the socket device.
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        match source.read(&mut buffer) {
+            Ok(count @ 1..) if take(&buffer[..count]) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            _ => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn what_has_come_can_be_read_while_more_is_waited_for() {
+        let (mut program, connection) = UnixStream::pair().unwrap();
+        let (mut reader, writer) = io::pipe().unwrap();
+        let pump = std::thread::spawn(move || {
+            receive(connection, Some(OwnedFd::from(writer).into()), None, Stream::Stdout);
+        });
+        // The first piece has the pump wait for the second.
+        program.write_all(b"a").unwrap();
+        reader.read_exact(&mut [0]).unwrap();
+        program.write_all(b"b").unwrap();
+        let (sender, read) = mpsc::channel();
+        std::thread::spawn(move || {
+            // Long enough for the pump to have taken the piece and be waiting again.
+            while reader_is_empty(&reader) {
+                std::thread::yield_now();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            let mut byte = [0];
+            reader.read_exact(&mut byte).unwrap();
+            let _ = sender.send(byte);
+        });
+        assert_eq!(read.recv_timeout(Duration::from_secs(10)), Ok(*b"b"));
+        drop(program);
+        pump.join().unwrap();
+    }
+
+    fn reader_is_empty(reader: &io::PipeReader) -> bool {
+        rustix::io::ioctl_fionread(reader).unwrap() == 0
     }
 }

@@ -8,7 +8,7 @@ use hull_vmm_api::config::{BootConfig, ConsoleConfig, CpusConfig, DiskConfig, Me
 use rustix::fs::OFlags;
 
 use crate::host::Host;
-use crate::vmm::{Inherited, VmmError, config_file, describe, open};
+use crate::vmm::{Inherited, VmmError, as_first_of_pid_namespace, config_file, describe, open};
 
 /// What a bare microVM is made of.
 #[derive(Clone, Debug)]
@@ -90,7 +90,14 @@ fn spawn_and_wait(host: &Host, mut fds: Inherited, vm: &VmConfig) -> Result<Exit
         .stdout(Stdio::null())
         .fd_mappings(fds.into_mappings())
         .map_err(|error| VmmError::Spawn(std::io::Error::other(error)))?;
-    let mut child = command.spawn().map_err(VmmError::Spawn)?;
+    // Entering the jail takes root; somebody else's process has no more rights than they, and its filter.
+    let mut child = if rustix::process::geteuid().is_root() {
+        command.arg("--jail-empty");
+        as_first_of_pid_namespace(|| command.spawn())
+    } else {
+        command.spawn()
+    }
+    .map_err(VmmError::Spawn)?;
     drop(command);
     child.wait().map_err(VmmError::Spawn)
 }

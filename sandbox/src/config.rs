@@ -107,8 +107,8 @@ impl SandboxConfig {
 }
 
 /// The words that every guest kernel gets.
-const KERNEL_PARAMS: &str = "console=hvc0 quiet loglevel=3 panic=-1 reboot=t 8250.nr_uarts=0 swiotlb=noforce \
-    cryptomgr.notests random.trust_cpu=on no_timer_check tsc=reliable";
+const KERNEL_PARAMS: &str = "console=hvc0 quiet loglevel=3 panic=-1 8250.nr_uarts=0 swiotlb=noforce no_timer_check \
+    tsc=reliable rcupdate.rcu_expedited=1";
 
 fn host_memory_mib() -> u64 {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();

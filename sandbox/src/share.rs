@@ -110,6 +110,9 @@ impl Share {
         make_dir(&root)?;
         rustix::mount::mount("hull", &root, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=0755,size=16m")
             .map_err(|errno| mount_error("a tmpfs", &root, errno))?;
+        // What is mounted below it from now on is to reach the VMM, which has a mount namespace of its own.
+        rustix::mount::mount_change(&root, MountPropagationFlags::SHARED)
+            .map_err(|errno| mount_error("a tmpfs", &root, errno))?;
         Ok(Self { root, layers })
     }
 

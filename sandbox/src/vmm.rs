@@ -118,7 +118,8 @@ impl Vmm {
             shares: vec![ShareConfig {
                 id: SHARE_TAG.into(),
                 tag: SHARE_TAG.into(),
-                root: fds.add(open(share, OFlags::DIRECTORY | OFlags::RDONLY)?),
+                // In its jail the VMM sees the tree as its root.
+                root: Resource::Path("/".into()),
                 read_only: false,
                 cache: CachePolicy::Auto,
             }],
@@ -134,6 +135,8 @@ impl Vmm {
             .args(["--config-fd", &config_fd.to_string()])
             .args(["--control-fd", &control.to_string()])
             .args(["--lifeline-fd", &lifeline.to_string()])
+            .arg("--jail")
+            .arg(share)
             .env_clear()
             .current_dir("/")
             .stdin(Stdio::null())
@@ -144,7 +147,12 @@ impl Vmm {
             // A terminal's Ctrl-C is for the container, which gets it from hull.
             .process_group(0)
             .kill_on_drop(true);
-        let child = command.spawn().map_err(|source| match source.kind() {
+        let runtime = tokio::runtime::Handle::current();
+        let spawned = as_first_of_pid_namespace(|| {
+            let _entered = runtime.enter();
+            command.spawn()
+        });
+        let child = spawned.map_err(|source| match source.kind() {
             std::io::ErrorKind::NotFound => VmmError::Open { path: host.vmm.clone(), source },
             _ => VmmError::Spawn(source),
         })?;
@@ -211,12 +219,31 @@ impl Vmm {
     }
 }
 
+/// Has `spawn` start a process as the first one of a PID namespace.
+///
+/// A thread that has asked for one cannot start threads any more, so one is spent on it.
+pub(crate) fn as_first_of_pid_namespace<T: Send>(
+    spawn: impl FnOnce() -> std::io::Result<T> + Send,
+) -> std::io::Result<T> {
+    let work = || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWPID)?;
+        spawn()
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("spawn-vmm".to_owned()).spawn_scoped(scope, work)?;
+        thread.join().unwrap_or_else(|_| Err(std::io::Error::other("the thread that starts it panicked")))
+    })
+}
+
 /// What an exit status of the VMM means, as the end of a sentence about the virtual machine.
 pub(crate) fn describe(status: std::process::ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
         (Some(code), _) => ExitCode::from_status(code)
             .map_or_else(|| format!("ended with the unknown status {code}"), |code| code.describe().to_owned()),
+        (None, Some(signal)) if signal == rustix::process::Signal::SYS.as_raw() => {
+            "was killed by a system call that its filter forbids; please report this".to_owned()
+        }
         (None, Some(signal)) => format!("was killed by signal {signal}"),
         (None, None) => "ended".to_owned(),
     }

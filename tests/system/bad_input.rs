@@ -106,6 +106,39 @@ fn a_corrupt_layer() {
     assert!(is_empty(&data.join("layers")));
 }
 
+#[test]
+fn a_disk_that_fills_up_while_an_image_is_unpacked() {
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let data = dir.path().join("data");
+    fs::create_dir(&data).unwrap();
+    // What is left on the disk is looked at while it is still mounted.
+    let setup = format!(
+        "mount -t tmpfs -o size=1m none {data}
+         status=0; \"$@\" || status=$?
+         find {data} -mindepth 2 -not -name '.*' >{dir}/left
+         exit $status",
+        data = data.display(),
+        dir = dir.path().display(),
+    );
+    let said = hull(["run", "--rm", &busybox(), "true"]).env("HULL_DATA_DIR", &data).after(&setup).run();
+    said.failed(&["the disk is full", "use a larger disk"]);
+    assert_eq!(fs::read_to_string(dir.path().join("left")).unwrap(), "");
+}
+
+#[test]
+fn no_permission_on_kvm() {
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    // A device node on a file system on which nobody may open device nodes.
+    let setup = format!(
+        "mount -t tmpfs -o nodev none {dir}
+         mknod {dir}/kvm c 10 232
+         mount --bind {dir}/kvm /dev/kvm",
+        dir = dir.path().display(),
+    );
+    let said = hull(["run", "--rm", "--memory", "128", &busybox(), "true"]).after(&setup).run();
+    said.failed(&["/dev/kvm", "ermission denied", "group"]);
+}
+
 /// Whether a directory has nothing in it but locks, or is not there.
 fn is_empty(dir: &Path) -> bool {
     let Ok(entries) = fs::read_dir(dir) else { return true };

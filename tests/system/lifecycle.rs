@@ -22,8 +22,7 @@ fn a_detached_container_is_listed_logged_and_removed() {
         "-c",
         "echo hi; echo oh >&2; exit 4",
     ]);
-    let vmm = pid(&container.inspect()["owner_pid"]);
-    wait_gone(vmm);
+    wait_gone(pid(&container.inspect()["owner_pid"]));
     let listed = hull(["ps", "-a", "--json"]).run().ok();
     let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
     let record = listed.as_array().unwrap().iter().find(|record| record["id"] == container.id.as_str()).unwrap();
@@ -36,24 +35,21 @@ fn a_detached_container_is_listed_logged_and_removed() {
 
 #[test]
 fn stop_asks_first() {
-    let container =
-        Detached::start(["--memory", "128", &busybox(), "sh", "-c", "trap 'exit 9' TERM; while :; do sleep 1; done"]);
+    let container = Detached::trapping("'exit 9' TERM");
     hull(["stop", &container.id]).run().ok();
     assert_eq!(container.inspect()["exit_code"], 9);
 }
 
 #[test]
 fn stop_kills_what_does_not_listen() {
-    let container =
-        Detached::start(["--memory", "128", &busybox(), "sh", "-c", "trap '' TERM; while :; do sleep 1; done"]);
+    let container = Detached::trapping("'' TERM");
     hull(["stop", "-t", "1", &container.id]).run().ok();
     assert_eq!(container.inspect()["exit_code"], 137);
 }
 
 #[test]
 fn kill_sends_the_signal_that_it_is_told() {
-    let container =
-        Detached::start(["--memory", "128", &busybox(), "sh", "-c", "trap 'exit 10' USR1; while :; do sleep 1; done"]);
+    let container = Detached::trapping("'exit 10' USR1");
     let owner = pid(&container.inspect()["owner_pid"]);
     hull(["kill", "-s", "USR1", &container.id]).run().ok();
     wait_gone(owner);

@@ -20,8 +20,7 @@ fn a_shell_has_a_terminal() {
 #[test]
 fn ctrl_c_interrupts_the_program_and_not_hull() {
     let mut terminal = shell();
-    terminal.type_in("sleep 1000\n");
-    terminal.wait_for("sleep 1000");
+    terminal.run_something();
     terminal.type_in("\x03");
     terminal.wait_for("# ");
     terminal.type_in("echo status $?; exit\n");
@@ -32,12 +31,11 @@ fn ctrl_c_interrupts_the_program_and_not_hull() {
 #[test]
 fn job_control_works() {
     let mut terminal = shell();
-    terminal.type_in("sleep 1000\n");
-    terminal.wait_for("sleep 1000");
+    terminal.run_something();
     terminal.type_in("\x1a");
     terminal.wait_for("Stopped");
-    terminal.type_in("jobs; kill %1; exit 0\n");
-    terminal.wait_for("sleep 1000");
+    terminal.type_in("jobs; kill -9 %1; wait; exit 0\n");
+    terminal.wait_for("exec sleep 1000");
     assert_eq!(terminal.finish(), 0);
 }
 

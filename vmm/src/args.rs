@@ -4,6 +4,8 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use crate::jail::Root;
+
 /// What `--help` prints.
 pub const USAGE: &str = "\
 Runs one virtual machine; ends when it does.
@@ -15,6 +17,10 @@ Usage: hull-vmm (--config FILE | --config-fd N) [options]
   --control-fd N    serve the control protocol on this listening Unix socket
   --lifeline-fd N   end at once when the other end of this pipe is closed
   --kvm-fd N        use this open /dev/kvm instead of opening it
+  --jail DIR        see nothing of the host but DIR, a mount point, as the root directory, and be nobody; takes root,
+                    and to be the first process of a PID namespace
+  --jail-empty      likewise, with an empty root directory
+  --no-filter       do not limit the process's system calls; for debugging
   --help            print this
   --version         print the version
   --probe           print as JSON what this host offers: what kind of KVM, whether io_uring
@@ -56,6 +62,10 @@ pub struct RunArgs {
     pub lifeline_fd: Option<RawFd>,
     /// An open `/dev/kvm`.
     pub kvm_fd: Option<RawFd>,
+    /// The jail to enter, if any.
+    pub jail: Option<Root>,
+    /// Whether system calls are limited while the guest runs.
+    pub filter: bool,
 }
 
 /// Why a command line was refused.
@@ -91,12 +101,22 @@ pub enum ArgsError {
 pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, ArgsError> {
     let mut arguments = arguments;
     let (mut file, mut config_fd, mut control_fd, mut lifeline_fd, mut kvm_fd) = (None, None, None, None, None);
+    let (mut jail, mut filter) = (None, true);
     while let Some(argument) = arguments.next() {
         let Some(option) = OPTIONS.into_iter().find(|option| argument == *option) else {
             return match argument.to_str() {
                 Some("--help" | "-h") => Ok(Command::Help),
                 Some("--version" | "-V") => Ok(Command::Version),
                 Some("--probe") => Ok(Command::Probe),
+                Some("--jail-empty") if jail.is_none() => {
+                    jail = Some(Root::Empty);
+                    continue;
+                }
+                Some("--jail-empty") => Err(ArgsError::Twice("--jail")),
+                Some("--no-filter") => {
+                    filter = false;
+                    continue;
+                }
                 _ => Err(ArgsError::Unknown(argument)),
             };
         };
@@ -105,6 +125,7 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, ArgsE
             "--config" => file.replace(PathBuf::from(value)).is_some(),
             "--config-fd" => config_fd.replace(descriptor(option, value)?).is_some(),
             "--control-fd" => control_fd.replace(descriptor(option, value)?).is_some(),
+            "--jail" => jail.replace(Root::Directory(PathBuf::from(value))).is_some(),
             "--lifeline-fd" => lifeline_fd.replace(descriptor(option, value)?).is_some(),
             _ => kvm_fd.replace(descriptor(option, value)?).is_some(),
         };
@@ -117,11 +138,11 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, ArgsE
         (None, Some(fd)) => ConfigSource::Fd(fd),
         _ => return Err(ArgsError::Config),
     };
-    Ok(Command::Run(RunArgs { config, control_fd, lifeline_fd, kvm_fd }))
+    Ok(Command::Run(RunArgs { config, control_fd, lifeline_fd, kvm_fd, jail, filter }))
 }
 
 /// Options that take a value.
-const OPTIONS: [&str; 5] = ["--config", "--config-fd", "--control-fd", "--lifeline-fd", "--kvm-fd"];
+const OPTIONS: [&str; 6] = ["--config", "--config-fd", "--control-fd", "--jail", "--lifeline-fd", "--kvm-fd"];
 
 fn descriptor(option: &'static str, value: OsString) -> Result<RawFd, ArgsError> {
     let number = value.to_str().and_then(|text| text.parse().ok()).filter(|fd| *fd >= 0);
@@ -144,10 +165,25 @@ mod tests {
                 config: ConfigSource::Fd(3),
                 control_fd: Some(4),
                 lifeline_fd: Some(5),
-                kvm_fd: Some(6)
+                kvm_fd: Some(6),
+                jail: None,
+                filter: true
             }))
         );
         assert_eq!(parsed("--help"), Ok(Command::Help));
+    }
+
+    #[test]
+    fn there_is_one_jail_at_most() {
+        let run = |line: &str| match parsed(line) {
+            Ok(Command::Run(arguments)) => Ok((arguments.jail, arguments.filter)),
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(error),
+        };
+        assert_eq!(run("--config a --jail /r"), Ok((Some(Root::Directory("/r".into())), true)));
+        assert_eq!(run("--config a --jail-empty --no-filter"), Ok((Some(Root::Empty), false)));
+        assert_eq!(run("--config a --jail /r --jail-empty"), Err(ArgsError::Twice("--jail")));
+        assert_eq!(run("--config a --jail-empty --jail /r"), Err(ArgsError::Twice("--jail")));
     }
 
     #[test]

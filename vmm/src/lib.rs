@@ -5,13 +5,14 @@
 //! [`pci`] bus, and a few [`legacy`] ports.
 //!
 //! Threads: the main thread owns the VM's state ([`vm::driver`]); each vCPU has one; devices that never block share one
-//! ([`event_loop`]), others have their own.
+//! ([`event_loop`]), others have their own. All of them run in the [`jail`].
 
 pub mod arch;
 pub mod args;
 pub mod board;
 pub mod config;
 pub mod event_loop;
+pub mod jail;
 pub mod kvm;
 pub mod legacy;
 pub mod loader;

@@ -8,8 +8,9 @@ use std::process::ExitCode as ProcessExit;
 
 use hull_vmm::args::{self, Command, ConfigSource, RunArgs};
 use hull_vmm::config::Settings;
+use hull_vmm::virtio::fs;
 use hull_vmm::vm::{build, driver};
-use hull_vmm::{log, probe};
+use hull_vmm::{jail, kvm, log, probe};
 use hull_vmm_api::exit::ExitCode;
 
 /// Largest configuration, in bytes, that is read.
@@ -64,10 +65,18 @@ fn run(arguments: &RunArgs) -> Result<ExitCode, Failure> {
         control: take(arguments.control_fd, "--control-fd")?.map(UnixListener::from),
         lifeline: take(arguments.lifeline_fd, "--lifeline-fd")?.map(File::from),
     };
-    let kvm = take(arguments.kvm_fd, "--kvm-fd")?;
+    let kvm = kvm::open(take(arguments.kvm_fd, "--kvm-fd")?).map_err(|error| failure(ExitCode::NoKvm)(&error))?;
     let json = read_config(&arguments.config)?;
+    if let Some(root) = &arguments.jail {
+        let descriptors = jail::enter(root).map_err(|error| host(&error))?;
+        fs::use_descriptors(descriptors);
+    }
+    // In the jail: what the configuration names by a path is looked for there.
     let settings = Settings::parse(&json).map_err(|error| bad_config(&error))?;
-    let mut machine = build::build(settings, kvm).map_err(|error| failure(error.exit_code())(&error))?;
+    let mut machine = build::build(settings, &kvm).map_err(|error| failure(error.exit_code())(&error))?;
+    if arguments.filter {
+        jail::filter::apply().map_err(|error| host(&error))?;
+    }
     let outcome = driver::run(&mut machine, &signals, tethers)
         .map_err(|error| host(&format_args!("cannot wait for events: {error}")))?;
     let code = outcome.exit_code();

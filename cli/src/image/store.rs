@@ -167,7 +167,10 @@ impl Store {
         let is_new = known.is_none();
         let (record, holds) = match known {
             Some(known) => known,
-            None => self.unpack_all(&source, &chosen)?,
+            None => self.unpack_all(&source, &chosen).inspect_err(|_| {
+                // What was unpacked before belongs to no image; what is wrong with that is for others to hear.
+                let _ = self.collect_garbage();
+            })?,
         };
         self.publish(&record, &names)?;
         if is_new {

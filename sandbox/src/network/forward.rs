@@ -1,5 +1,5 @@
 //! Connections to `127.0.0.1:PORT` and `[::1]:PORT` in a sandbox's namespace on the host, which a listener in the guest is
-//! to take: that is how port forwarding reaches a pod (docs/decisions/0004).
+//! to take: that is how port forwarding reaches a pod (docs/decisions/0005).
 //!
 //! Nobody can tell on the host on which ports somebody listens in the guest. So one socket for each family takes the
 //! connections to all ports, and the guest is asked for each when it comes. What the guest does not take is reset, as it

@@ -1,10 +1,10 @@
 //! Builds a VM from its settings.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread;
 
 use hull_vmm_api::exit::ExitCode;
+use kvm_ioctls::Kvm;
 
 use super::machine::{Machine, MachineError};
 use crate::arch::cpuid::CpuTopology;
@@ -12,7 +12,7 @@ use crate::arch::{acpi, boot, cpuid, layout, registers};
 use crate::board::Board;
 use crate::config::{DiskSettings, NetSettings, Settings, ShareSettings, VsockSettings};
 use crate::event_loop::EventLoop;
-use crate::kvm::{self, Interrupts, KvmError, Vm};
+use crate::kvm::{Interrupts, KvmError, Vm};
 use crate::legacy::power::Power;
 use crate::legacy::pvpanic::PvPanic;
 use crate::legacy::serial::Serial;
@@ -90,18 +90,17 @@ fn host(step: &'static str) -> impl Fn(std::io::Error) -> BuildError {
     move |source| BuildError::Host { step, source }
 }
 
-/// Builds the VM; its vCPUs wait for [`Machine::resume`]. `kvm` is an open `/dev/kvm`, if the caller has one.
+/// Builds the VM; its vCPUs wait for [`Machine::resume`].
 ///
 /// # Errors
 ///
 /// When any step fails; nothing is left then.
-pub fn build(settings: Settings, kvm: Option<OwnedFd>) -> Result<Machine, BuildError> {
+pub fn build(settings: Settings, kvm: &Kvm) -> Result<Machine, BuildError> {
     let ending = Arc::new(Ending::new().map_err(host("create an event descriptor"))?);
-    let kvm = kvm::open(kvm)?;
     let memory = memory::allocate(settings.memory_mib << 20)?;
     let interrupts = if settings.debug_console.is_some() { Interrupts::MessagesAndLines } else { Interrupts::Messages };
     let cpus = settings.cpus.max;
-    let vm = Vm::new(&kvm, memory.clone(), interrupts, cpus)?;
+    let vm = Vm::new(kvm, memory.clone(), interrupts, cpus)?;
 
     let kernel = loader::load_kernel(&memory, &settings.kernel)?;
     let initrd = settings.initrd.as_ref().map(|file| loader::load_initrd(&memory, file, &kernel)).transpose()?;

@@ -277,9 +277,9 @@ pub(crate) fn failed_step(memory: &GuestMemoryMmap) -> u64 {
 
 /// Builds a VM, unless this machine has no KVM: then says so and returns `None`.
 pub(crate) fn machine(settings: Settings) -> Option<Machine> {
-    match build::build(settings, None) {
-        Ok(machine) => Some(machine),
-        Err(build::BuildError::Kvm(hull_vmm::kvm::KvmError::Open(error))) => {
+    match hull_vmm::kvm::open(None) {
+        Ok(kvm) => Some(build::build(settings, &kvm).unwrap_or_else(|error| panic!("{error}"))),
+        Err(hull_vmm::kvm::KvmError::Open(error)) => {
             eprintln!("skipped: /dev/kvm: {error}");
             None
         }

@@ -58,9 +58,10 @@ impl Credentials {
             if libc::syscall(libc::SYS_capget, &raw mut header, capabilities.as_mut_ptr()) != 0 {
                 capabilities = Default::default();
             }
-            let bits = libc::prctl(libc::PR_GET_SECUREBITS);
-            let kept =
-                bits >= 0 && libc::prctl(libc::PR_SET_SECUREBITS, bits as libc::c_ulong | SECBIT_NO_SETUID_FIXUP) == 0;
+            // A negative answer has all bits.
+            let bits = libc::prctl(libc::PR_GET_SECUREBITS).max(0) as libc::c_ulong;
+            let kept = bits & SECBIT_NO_SETUID_FIXUP != 0
+                || libc::prctl(libc::PR_SET_SECUREBITS, bits | SECBIT_NO_SETUID_FIXUP) == 0;
             ((libc::geteuid(), libc::getegid()), kept)
         };
         let has = |capability: u32| capabilities[0].effective & 1 << capability != 0;

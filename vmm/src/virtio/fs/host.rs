@@ -11,6 +11,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
 const EMPTY: &CStr = c"";
+/// This process's `/proc/self/fd`.
+static DESCRIPTORS: OnceLock<OwnedFd> = OnceLock::new();
 
 /// Longest value of an extended attribute, and longest list of names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 pub(super) const XATTR_MAX: usize = 64 << 10;
@@ -65,9 +67,8 @@ impl FdName {
 }
 
 impl Host {
-    /// Opens what later calls need. To be called before the process loses sight of `/proc`, for the first time.
+    /// Opens what later calls need, unless it was given ([`Host::use_descriptors`]).
     pub(super) fn new() -> io::Result<Self> {
-        static DESCRIPTORS: OnceLock<OwnedFd> = OnceLock::new();
         if let Some(fd) = DESCRIPTORS.get() {
             return Ok(Self { descriptors: fd.as_raw_fd() });
         }
@@ -75,6 +76,12 @@ impl Host {
         // SAFETY: a terminated string.
         let fd = owned(unsafe { libc::open(c"/proc/self/fd".as_ptr(), flags) })?;
         Ok(Self { descriptors: DESCRIPTORS.get_or_init(|| fd).as_raw_fd() })
+    }
+
+    /// Makes `descriptors`, this process's `/proc/self/fd`, what all later calls use.
+    pub(super) fn use_descriptors(descriptors: OwnedFd) {
+        // The first one stays: it is as good.
+        let _ = DESCRIPTORS.set(descriptors);
     }
 
     /// Gives the calling thread a working directory and a umask of its own, which the calls here rely on, and spares it

@@ -79,7 +79,7 @@ pub enum FsError {
     #[error("a share's tag has 1 to {TAG_BYTES} bytes without zeroes; choose another than {0:?}")]
     Tag(String),
     /// The process sees no `/proc`.
-    #[error("/proc/self/fd cannot be opened: {0}; make the first share before the process is jailed")]
+    #[error("/proc/self/fd cannot be opened: {0}; is /proc mounted?")]
     Proc(io::Error),
     /// The root is no directory or cannot be looked at.
     #[error("a share's root must be an open directory: {0}")]
@@ -87,6 +87,12 @@ pub enum FsError {
     /// The process may open no more descriptors.
     #[error("no eventfd for the share: {0}; raise the limit of open files")]
     EventFd(io::Error),
+}
+
+/// Has all shares use `descriptors`, the process's own `/proc/self/fd`, which a jailed process does not find by its name. To
+/// be called before the first share is made.
+pub fn use_descriptors(descriptors: OwnedFd) {
+    Host::use_descriptors(descriptors);
 }
 
 /// A shared directory.

@@ -214,6 +214,7 @@ impl Booting {
             Ok((agent, ready_us)) => {
                 if let Some(network) = &mut self.parts.network {
                     network.forward(&self.sockets.vsock);
+                    network.follow(&agent);
                 }
                 Ok(Running { parts: self.parts, agent, ready_us })
             }
@@ -242,7 +243,7 @@ impl Booting {
             }
             Some(true) => {}
         }
-        let network = self.parts.network.as_mut().map(Attachment::take_description);
+        let network = self.parts.network.as_ref().map(|network| network.description().clone());
         tokio::select! {
             biased;
             agent = configure_guest(&self.sockets.vsock, &self.config.hostname, network) => agent,

@@ -278,6 +278,36 @@ fn a_gateway_beyond_every_route_is_taken_over() {
 }
 
 #[test]
+fn changes_of_the_namespace_reach_the_guest() {
+    let netns = Netns::with_eth0(1500);
+    let container = stay(&netns, "sleep 1000");
+    let look = || container.exec(["sh", "-c", "ip addr; ip route; ip -6 route; ip rule"]).run().ok();
+    let wait = |holds: &dyn Fn(&str) -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let said = look();
+            if holds(&said) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{said}");
+        }
+    };
+    netns.ip("addr add 192.0.2.7/32 dev eth0");
+    netns.ip("addr add 2001:db8::7/128 dev eth0 nodad");
+    netns.ip("route add 198.51.100.0/24 via 10.88.99.1 dev eth0 onlink src 192.0.2.7");
+    netns.ip("rule add from 192.0.2.7 lookup 77 priority 700");
+    let all = ["192.0.2.7/32", "2001:db8::7/128", "198.51.100.0/24 via 10.88.99.1", "700:"];
+    wait(&|said| all.iter().all(|wanted| said.contains(wanted)));
+    netns.ip("rule del priority 700");
+    netns.ip("addr del 192.0.2.7/32 dev eth0");
+    netns.ip("addr del 2001:db8::7/128 dev eth0");
+    wait(&|said| !all.iter().any(|gone| said.contains(gone)));
+    // What was there from the start still is.
+    let said = container.exec(["ping", "-c", "2", "-W", "20", &netns.host_address()]).run();
+    assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);
+}
+
+#[test]
 fn a_namespace_serves_one_sandbox_after_another() {
     let netns = Netns::with_eth0(1500);
     let first = stay(&netns, "sleep 1000");

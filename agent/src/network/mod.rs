@@ -66,7 +66,7 @@ pub(crate) struct Network {
     pub(crate) rules: Vec<Rule>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Interface {
     pub(crate) mac: [u8; 6],
     pub(crate) name: String,
@@ -75,7 +75,7 @@ pub(crate) struct Interface {
     pub(crate) neighbours: Vec<Neighbour>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Address {
     pub(crate) address: IpAddr,
     pub(crate) prefix_length: u8,
@@ -84,14 +84,14 @@ pub(crate) struct Address {
     pub(crate) scope: u8,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Neighbour {
     pub(crate) address: IpAddr,
     /// None for a proxy.
     pub(crate) mac: Option<[u8; 6]>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Route {
     pub(crate) family: u8,
     pub(crate) destination: Option<IpAddr>,
@@ -109,7 +109,7 @@ pub(crate) struct Route {
     pub(crate) metrics: Vec<(u16, u32)>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct NextHop {
     pub(crate) interface: String,
     pub(crate) gateway: Option<IpAddr>,
@@ -118,7 +118,7 @@ pub(crate) struct NextHop {
     pub(crate) weight: u16,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Rule {
     pub(crate) family: u8,
     pub(crate) destination_prefix_length: u8,
@@ -136,18 +136,88 @@ pub(crate) fn set_up(network: &Network) -> Result<()> {
     set_sysctls(&network.sysctls)?;
     for (interface, &index) in network.interfaces.iter().zip(&indices) {
         raise(&mut netlink, interface, index)?;
+        for address in &interface.addresses {
+            add_address(&mut netlink, interface, address, index)?;
+        }
+        for neighbour in &interface.neighbours {
+            add_neighbour(&mut netlink, interface, neighbour, index)?;
+        }
     }
     for route in &network.routes {
         add_route(&mut netlink, route)?;
     }
     for rule in &network.rules {
-        match netlink.call(new_rule(rule)) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            result => result.step("add a routing rule")?,
-        }
+        add_rule(&mut netlink, rule)?;
     }
     Ok(())
 }
+
+/// Makes the network `old` into `new`, whose interfaces are among those of `old`.
+pub(crate) fn update(old: &Network, new: &Network) -> Result<()> {
+    let before = |name: &str| old.interfaces.iter().find(|interface| interface.name == name);
+    if let Some(unknown) = new.interfaces.iter().find(|interface| before(&interface.name).is_none()) {
+        return Err(Error::invalid("interfaces", format!("{} was not there from the start", unknown.name)));
+    }
+    let mut netlink = Netlink::open().step("open a netlink socket")?;
+    // Against the order in which they were made.
+    for rule in gone(&old.rules, &new.rules) {
+        remove(&mut netlink, rule_message(Request::removal, rule), "remove a routing rule")?;
+    }
+    for route in gone(&old.routes, &new.routes).rev() {
+        let hops = resolve(&route.next_hops)?;
+        remove(&mut netlink, route_message(Request::removal, route, &hops), "remove a route")?;
+    }
+    for interface in &old.interfaces {
+        let index = index_of(&interface.name)?;
+        let now = new.interfaces.iter().find(|other| other.name == interface.name);
+        let neighbours = now.map_or(&[][..], |now| &now.neighbours);
+        for neighbour in gone(&interface.neighbours, neighbours) {
+            remove(&mut netlink, neighbour_message(Request::removal, neighbour, index), "remove a neighbour")?;
+        }
+        for address in gone(&interface.addresses, now.map_or(&[][..], |now| &now.addresses)) {
+            remove(&mut netlink, address_message(Request::removal, address, index), "remove an address")?;
+        }
+    }
+    let changed = new.sysctls.iter().filter(|(path, value)| old.sysctls.get(*path) != Some(value));
+    set_sysctls(&changed.map(|(path, value)| (path.clone(), value.clone())).collect())?;
+    for interface in &new.interfaces {
+        let Some(was) = before(&interface.name) else { continue };
+        let index = index_of(&interface.name)?;
+        if was.mtu != interface.mtu {
+            raise(&mut netlink, interface, index)?;
+        }
+        for address in gone(&interface.addresses, &was.addresses) {
+            add_address(&mut netlink, interface, address, index)?;
+        }
+        for neighbour in gone(&interface.neighbours, &was.neighbours) {
+            add_neighbour(&mut netlink, interface, neighbour, index)?;
+        }
+    }
+    // The kernel takes routes away with the addresses that they prefer, so all are asked for again.
+    for route in &new.routes {
+        add_route(&mut netlink, route)?;
+    }
+    for rule in gone(&new.rules, &old.rules) {
+        add_rule(&mut netlink, rule)?;
+    }
+    Ok(())
+}
+
+/// What `old` has and `new` has not.
+fn gone<'a, T: PartialEq>(old: &'a [T], new: &'a [T]) -> impl DoubleEndedIterator<Item = &'a T> {
+    old.iter().filter(|item| !new.contains(item))
+}
+
+/// Takes something away that may have gone by itself.
+fn remove(netlink: &mut Netlink, request: Request, step: &'static str) -> Result<()> {
+    match netlink.call(request) {
+        Err(error) if error.raw_os_error().is_some_and(|code| ABSENT.contains(&code)) => Ok(()),
+        result => result.step(step),
+    }
+}
+
+/// What the kernel says of a route, rule, neighbour or address that is not there.
+const ABSENT: [i32; 3] = [libc::ESRCH, libc::ENOENT, libc::EADDRNOTAVAIL];
 
 /// Finds the interfaces by their addresses and gives them their names; answers their indices.
 fn name_interfaces(netlink: &mut Netlink, interfaces: &[Interface]) -> Result<Vec<u32>> {
@@ -225,31 +295,43 @@ fn set_sysctls(sysctls: &HashMap<String, String>) -> Result<()> {
     Ok(())
 }
 
-/// Brings an interface up with all that it has of its own.
+/// Brings an interface up.
 fn raise(netlink: &mut Netlink, interface: &Interface, index: u32) -> Result<()> {
-    let name = &interface.name;
-    let request = link(index, IFF_UP, IFF_UP).with(IFLA_MTU, &interface.mtu.to_ne_bytes());
-    netlink.call(request).step_with(|| format!("bring up {name} with an MTU of {}", interface.mtu))?;
-    for address in &interface.addresses {
-        netlink
-            .call(new_address(address, index))
-            .step_with(|| format!("give {name} the address {}/{}", address.address, address.prefix_length))?;
-    }
-    for neighbour in &interface.neighbours {
-        netlink
-            .call(new_neighbour(neighbour, index))
-            .step_with(|| format!("tell {name} of its neighbour {}", neighbour.address))?;
-    }
-    Ok(())
+    let Interface { name, mtu, .. } = interface;
+    let request = link(index, IFF_UP, IFF_UP).with(IFLA_MTU, &mtu.to_ne_bytes());
+    netlink.call(request).step_with(|| format!("bring up {name} with an MTU of {mtu}"))
 }
 
+fn add_address(netlink: &mut Netlink, interface: &Interface, address: &Address, index: u32) -> Result<()> {
+    let Address { address: ip, prefix_length, .. } = address;
+    netlink
+        .call(address_message(Request::new, address, index))
+        .step_with(|| format!("give {} the address {ip}/{prefix_length}", interface.name))
+}
+
+fn add_neighbour(netlink: &mut Netlink, interface: &Interface, neighbour: &Neighbour, index: u32) -> Result<()> {
+    netlink
+        .call(neighbour_message(Request::new, neighbour, index))
+        .step_with(|| format!("tell {} of its neighbour {}", interface.name, neighbour.address))
+}
+
+fn add_rule(netlink: &mut Netlink, rule: &Rule) -> Result<()> {
+    match netlink.call(rule_message(Request::new, rule)) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        result => result.step("add a routing rule"),
+    }
+}
+
+/// What becomes of what a message describes: [`Request::new`] or [`Request::removal`].
+type Action = fn(Kind, &[u8]) -> Request;
+
 /// `struct ifaddrmsg`: family, prefix length, flags, scope, index.
-fn new_address(address: &Address, index: u32) -> Request {
+fn address_message(action: Action, address: &Address, index: u32) -> Request {
     // The flags of duplicate address detection and of routes do not fit the structure's own byte.
     let flags = IFA_F_NODAD | IFA_F_PERMANENT | IFA_F_NOPREFIXROUTE;
     let mut body = vec![family(address.address), address.prefix_length, 0, address.scope];
     body.extend(index.to_ne_bytes());
-    Request::new(Kind::Address, &body)
+    action(Kind::Address, &body)
         .with(IFA_LOCAL, &octets(Some(address.address)))
         .with(IFA_ADDRESS, &octets(address.peer.or(Some(address.address))))
         .with_some(IFA_BROADCAST, &octets(address.broadcast))
@@ -257,12 +339,12 @@ fn new_address(address: &Address, index: u32) -> Request {
 }
 
 /// `struct ndmsg`: family, padding, index, state, flags, type.
-fn new_neighbour(neighbour: &Neighbour, index: u32) -> Request {
+fn neighbour_message(action: Action, neighbour: &Neighbour, index: u32) -> Request {
     let mut body = vec![family(neighbour.address), 0, 0, 0];
     body.extend(index.to_ne_bytes());
     body.extend(NUD_PERMANENT.to_ne_bytes());
     body.extend([if neighbour.mac.is_none() { NTF_PROXY } else { 0 }, 0]);
-    Request::new(Kind::Neighbour, &body)
+    action(Kind::Neighbour, &body)
         .with(NDA_DST, &octets(Some(neighbour.address)))
         .with_some(NDA_LLADDR, neighbour.mac.as_ref().map_or(&[], |mac| &mac[..]))
 }
@@ -272,21 +354,27 @@ fn add_route(netlink: &mut Netlink, route: &Route) -> Result<()> {
         Some(destination) => format!("add the route to {destination}/{}", route.prefix_length),
         None => "add the default route".to_owned(),
     };
-    let mut hops = Vec::new();
-    for hop in &route.next_hops {
-        let index = fs::read_to_string(Path::new(INTERFACES).join(&hop.interface).join("ifindex"));
-        let index = index.step_with(|| format!("find the interface {} of a route", hop.interface))?;
-        hops.push((hop, index.trim().parse::<u32>().step_with(|| format!("read the index of {}", hop.interface))?));
-    }
-    match netlink.call(new_route(route, &hops)) {
+    let hops = resolve(&route.next_hops)?;
+    match netlink.call(route_message(Request::new, route, &hops)) {
         // The kernel made it with an interface or address.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         result => result.step_with(step),
     }
 }
 
+/// Next hops with the indices of their interfaces.
+fn resolve(hops: &[NextHop]) -> Result<Vec<(&NextHop, u32)>> {
+    hops.iter().map(|hop| Ok((hop, index_of(&hop.interface)?))).collect()
+}
+
+fn index_of(interface: &str) -> Result<u32> {
+    let index = fs::read_to_string(Path::new(INTERFACES).join(interface).join("ifindex"));
+    let index = index.step_with(|| format!("find the interface {interface}"))?;
+    index.trim().parse().step_with(|| format!("read the index of {interface}"))
+}
+
 /// `struct rtmsg`: family, prefix lengths of destination and source, type of service, table, protocol, scope, type, flags.
-fn new_route(route: &Route, hops: &[(&NextHop, u32)]) -> Request {
+fn route_message(action: Action, route: &Route, hops: &[(&NextHop, u32)]) -> Request {
     let one = if let [one] = hops { Some(one) } else { None };
     let flags = one.map_or(0, |(hop, _)| hop_flags(hop));
     let mut body = vec![
@@ -300,7 +388,7 @@ fn new_route(route: &Route, hops: &[(&NextHop, u32)]) -> Request {
         route.kind,
     ];
     body.extend(u32::from(flags).to_ne_bytes());
-    let mut request = Request::new(Kind::Route, &body)
+    let mut request = action(Kind::Route, &body)
         .with_some(RTA_DST, &octets(route.destination))
         .with_some(RTA_SRC, &octets(route.source))
         .with_some(RTA_PREFSRC, &octets(route.preferred_source))
@@ -328,13 +416,13 @@ fn new_route(route: &Route, hops: &[(&NextHop, u32)]) -> Request {
 }
 
 /// `struct fib_rule_hdr`: family, prefix lengths of destination and source, type of service, table, action, flags.
-fn new_rule(rule: &Rule) -> Request {
+fn rule_message(action: Action, rule: &Rule) -> Request {
     let (family, lengths) = (rule.family, [rule.destination_prefix_length, rule.source_prefix_length]);
     // The table is an attribute; behind it two bytes without a meaning.
     let mut body = vec![family, lengths[0], lengths[1], rule.tos, 0, 0, 0, rule.action];
     body.extend(rule.flags.to_ne_bytes());
     let add = |request: Request, (kind, value): &(u16, Vec<u8>)| request.with(*kind, value);
-    rule.attributes.iter().fold(Request::new(Kind::Rule, &body), add)
+    rule.attributes.iter().fold(action(Kind::Rule, &body), add)
 }
 
 fn hop_flags(hop: &NextHop) -> u8 {

@@ -44,6 +44,12 @@ pub(super) enum Kind {
 pub(super) struct Request(Vec<u8>);
 
 impl Request {
+    /// A request to take away what `body` and attributes describe.
+    pub(super) fn removal(kind: Kind, body: &[u8]) -> Self {
+        // The types that remove follow those that make.
+        Self::with_header(kind as u16 + 1, 0, body)
+    }
+
     /// A request to make what `body`, the structure for its kind, and attributes describe. A link is only ever
     /// changed; an address or neighbour that is there is replaced; a route comes behind others for its destination;
     /// a rule that is there is an error.
@@ -54,9 +60,13 @@ impl Request {
             Kind::Route => NLM_F_CREATE | NLM_F_APPEND,
             Kind::Rule => NLM_F_CREATE | NLM_F_EXCL,
         };
+        Self::with_header(kind as u16, make, body)
+    }
+
+    fn with_header(kind: u16, flags: u16, body: &[u8]) -> Self {
         let mut message = vec![0; HEADER_BYTES];
-        message[4..6].copy_from_slice(&(kind as u16).to_ne_bytes());
-        message[6..8].copy_from_slice(&(NLM_F_REQUEST | NLM_F_ACK | make).to_ne_bytes());
+        message[4..6].copy_from_slice(&kind.to_ne_bytes());
+        message[6..8].copy_from_slice(&(NLM_F_REQUEST | NLM_F_ACK | flags).to_ne_bytes());
         message.extend(body);
         Self(message).aligned()
     }

@@ -14,10 +14,12 @@ use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use super::cni::Cni;
 use super::describe::{self, Link};
 use super::error::{NetworkError, interface_step, namespace_step};
+use super::follow::{Follower, Following};
 use super::forward::{self, Forwarding};
 use super::netlink::Netlink;
 use super::redirect::{self, Found};
 use super::{Note, inside, rules, sysctls, write_note};
+use crate::agent::Agent;
 
 /// Most interfaces of a sandbox: half of the places on the guest's bus.
 pub(super) const MAX_INTERFACES: usize = 16;
@@ -40,6 +42,9 @@ pub(crate) struct Attachment {
     redirected: Vec<u32>,
     taps: Vec<TapInterface>,
     description: wire::Network,
+    links: Vec<Link>,
+    follower: Option<Follower>,
+    following: Option<Following>,
     /// None where the host's kernel cannot.
     forwarding: Option<Forwarding>,
     forwarded: Option<forward::Running>,
@@ -69,9 +74,20 @@ impl Attachment {
         self.cni.as_ref().map(Cni::resolv_conf).unwrap_or_default()
     }
 
-    /// What the guest is to have. Once.
-    pub(crate) fn take_description(&mut self) -> wire::Network {
-        std::mem::take(&mut self.description)
+    /// What the guest is to have.
+    pub(crate) fn description(&self) -> &wire::Network {
+        &self.description
+    }
+
+    /// Tells the agent, which was told of the description, of what changes in the namespace from now on. In a tokio
+    /// runtime.
+    pub(crate) fn follow(&mut self, agent: &Agent) {
+        let description = self.description.clone();
+        let start = |follower: Follower| follower.start(self.links.clone(), description, agent.clone());
+        match self.follower.take().map(start).transpose() {
+            Ok(following) => self.following = following,
+            Err(error) => tracing::warn!("changes of the network are not followed: {error}"),
+        }
     }
 
     /// Passes connections to the namespace's loopback addresses on to the guest behind the VMM's socket at `socket`, from
@@ -146,6 +162,8 @@ pub(super) fn take(
     inside(path, namespace, || {
         let mut netlink = Netlink::open().map_err(namespace_step("open a netlink socket"))?;
         let (links, description) = look(&mut netlink)?;
+        // From here on, so that nothing is missed between this look and the first announcement.
+        let follower = Follower::open().map_err(namespace_step("listen for changes"))?;
         let forwarding = Forwarding::open(namespace).inspect_err(|error| {
             tracing::warn!("connections to 127.0.0.1 in {} do not reach the guest: {error}", path.display());
         });
@@ -158,6 +176,9 @@ pub(super) fn take(
             redirected,
             taps: Vec::new(),
             description,
+            links: links.clone(),
+            follower: Some(follower),
+            following: None,
             forwarding: forwarding.ok(),
             forwarded: None,
             note: note_path,
@@ -171,12 +192,18 @@ pub(super) fn take(
     })?
 }
 
+/// Describes these interfaces, as far as they are still there, and the routes and rules of their namespace.
+pub(super) fn describe_links(netlink: &mut Netlink, links: &[Link]) -> Result<wire::Network, NetworkError> {
+    let mut description =
+        describe::describe(netlink, links).map_err(namespace_step("read addresses, routes and neighbours"))?;
+    description.rules = rules::describe(netlink).map_err(namespace_step("read the routing rules"))?;
+    Ok(description)
+}
+
 /// Reads what there is in the namespace, and sees to it that nobody else has it.
 fn look(netlink: &mut Netlink) -> Result<(Vec<Link>, wire::Network), NetworkError> {
     let links = chosen(describe::links(netlink).map_err(namespace_step("list the interfaces"))?)?;
-    let mut description =
-        describe::describe(netlink, &links).map_err(namespace_step("read addresses, routes and neighbours"))?;
-    description.rules = rules::describe(netlink).map_err(namespace_step("read the routing rules"))?;
+    let mut description = describe_links(netlink, &links)?;
     description.sysctls = sysctls::read(links.iter().map(|link| link.name.as_str()));
     for link in &links {
         let found = redirect::look(netlink, link.index).map_err(interface_step(&link.name, "read its filters"))?;

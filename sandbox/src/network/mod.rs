@@ -18,6 +18,8 @@
 //! **Loopback.** Connections to a loopback address of the namespace, which no filter sees, are passed on by the owner:
 //! see `forward`.
 //!
+//! **Changes.** Addresses, routes and rules that come or go later are carried over too: see `follow`. Interfaces are not.
+//!
 //! **Threads.** A namespace is entered by a thread that ends afterwards. What is done later goes through a socket that the
 //! thread leaves behind, which keeps speaking of that namespace.
 
@@ -25,6 +27,7 @@ mod attachment;
 pub mod cni;
 mod describe;
 mod error;
+mod follow;
 mod forward;
 mod netlink;
 mod redirect;

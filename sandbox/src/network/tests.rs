@@ -204,7 +204,7 @@ fn what_was_done_is_undone() {
     assert_eq!(namespace.found(), Found::Live);
     let taps = attachment.take_taps();
     assert_eq!((taps.len(), taps[0].queues.len(), taps[0].mtu), (1, 2, Some(1450)));
-    assert!(attachment.take_description().sysctls.contains_key("ipv4/conf/eth0/rp_filter"));
+    assert!(attachment.description().sysctls.contains_key("ipv4/conf/eth0/rp_filter"));
     assert!(matches!(take_at(&namespace.path, 1, dir.path()), Err(NetworkError::Taken(name)) if name == "eth0"));
     assert!(namespace.index("hull0").is_some());
     drop(attachment);

@@ -474,15 +474,31 @@ mod tests {
     }
 
     #[test]
+    fn an_update_brings_no_new_interfaces() {
+        let new = Network { interfaces: vec![eth7()], ..Network::default() };
+        let error = update(&Network::default(), &new).unwrap_err().to_string();
+        assert_eq!(error, "interfaces: eth7 was not there from the start");
+        assert!(update(&Network::default(), &Network::default()).is_ok());
+    }
+
+    #[test]
+    fn what_went_is_what_the_new_list_has_not() {
+        assert_eq!(gone(&[1, 2, 3], &[3, 4]).collect::<Vec<_>>(), [&1, &2]);
+    }
+
+    #[test]
     fn a_missing_interface_is_named() {
-        let interface = Interface {
+        let network = Network { interfaces: vec![eth7()], ..Network::default() };
+        assert_eq!(set_up(&network).unwrap_err().to_string(), "no such interface for eth7");
+    }
+
+    fn eth7() -> Interface {
+        Interface {
             mac: [0xfe, 1, 2, 3, 4, 5],
             name: "eth7".into(),
             mtu: 1500,
             addresses: Vec::new(),
             neighbours: Vec::new(),
-        };
-        let network = Network { interfaces: vec![interface], ..Network::default() };
-        assert_eq!(set_up(&network).unwrap_err().to_string(), "no such interface for eth7");
+        }
     }
 }

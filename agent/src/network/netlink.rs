@@ -186,6 +186,12 @@ mod tests {
     }
 
     #[test]
+    fn a_removal_is_the_next_type_without_flags_to_make() {
+        let bytes = Request::removal(Kind::Route, &[0; 12]).finished(1);
+        assert_eq!(bytes[4..8], [25, 0, 5, 0]);
+    }
+
+    #[test]
     fn an_acknowledgement_belongs_to_its_request() {
         let answer = |sequence: u32, code: i32| {
             let mut bytes = vec![20, 0, 0, 0, 2, 0, 0, 0];

@@ -11,9 +11,11 @@ mod cpus;
 mod devices;
 mod error;
 mod events;
+mod forward;
 mod helper;
 mod init;
 mod log;
+mod network;
 mod reaper;
 mod sandbox;
 mod server;
@@ -69,11 +71,12 @@ fn run(serve: impl FnOnce() -> std::pin::Pin<Box<dyn Future<Output = Result<()>>
 /// As the first process of a guest.
 async fn serve_guest() -> Result<()> {
     init::early()?;
-    let (rpc, streams) = server::listen_on_vsock()?;
+    let server::Ports { rpc, streams, forward } = server::listen_on_vsock()?;
     let sandbox = Arc::new(Sandbox::new(true));
     // A connection made from here on waits for the rest.
     tokio::spawn(server::greet());
     init::late();
+    tokio::spawn(forward::serve(forward));
     tracing::info!(
         "listening {} us after the kernel's start, set up after {} us",
         sandbox.ready_us,

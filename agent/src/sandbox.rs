@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use crate::container::spec::set_sysctls;
 use crate::cpus;
 use crate::error::{Error, Result, Step};
 use crate::init;
+use crate::network::{self, Network};
 use crate::storage::Storage;
 
 /// Longest host name of Linux.
@@ -29,6 +31,8 @@ pub(crate) struct Sandbox {
     /// Whether this is the init process of a guest, rather than a test on some machine.
     is_guest: bool,
     created: AtomicBool,
+    /// What the network is, once it is set up.
+    network: tokio::sync::Mutex<Option<Arc<Network>>>,
     /// Microseconds from the kernel's start until the agent listened.
     pub(crate) ready_us: u64,
 }
@@ -40,6 +44,8 @@ pub(crate) struct CreateRequest {
     pub(crate) entropy: Vec<u8>,
     pub(crate) storages: Vec<Storage>,
     pub(crate) sysctls: HashMap<String, String>,
+    /// None leaves interfaces alone.
+    pub(crate) network: Option<Network>,
 }
 
 pub(crate) struct Stats {
@@ -54,7 +60,12 @@ pub(crate) struct Stats {
 
 impl Sandbox {
     pub(crate) fn new(is_guest: bool) -> Self {
-        Self { is_guest, created: AtomicBool::new(false), ready_us: uptime_us() }
+        Self {
+            is_guest,
+            created: AtomicBool::new(false),
+            network: tokio::sync::Mutex::default(),
+            ready_us: uptime_us(),
+        }
     }
 
     /// Makes the guest into a sandbox; once.
@@ -76,10 +87,29 @@ impl Sandbox {
         if self.is_guest {
             init::mount_on_demand();
         }
+        if let Some(network) = request.network {
+            let network = Arc::new(network);
+            let wanted = network.clone();
+            spawn_blocking(move || network::set_up(&wanted)).await.step("set up the network").flatten()?;
+            *self.network.lock().await = Some(network);
+        }
         set_sysctls(&request.sysctls)?;
         for storage in request.storages {
             storage.mount().await?;
         }
+        Ok(())
+    }
+
+    /// Changes the network. One that was changed half-way before an error is put right by the next change.
+    pub(crate) async fn update_network(&self, new: Network) -> Result<()> {
+        let mut current = self.network.lock().await;
+        let Some(old) = current.clone() else {
+            return Err(Error::State("the sandbox has no network to change".into()));
+        };
+        let new = Arc::new(new);
+        let wanted = new.clone();
+        spawn_blocking(move || network::update(&old, &wanted)).await.step("change the network").flatten()?;
+        *current = Some(new);
         Ok(())
     }
 

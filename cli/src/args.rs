@@ -18,7 +18,7 @@ pub(crate) struct Args {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
     /// Run a program from an image in a new virtual machine
-    Run(Run),
+    Run(Box<Run>),
     /// Run another program in a running container
     Exec(Exec),
     /// List containers
@@ -86,6 +86,19 @@ pub(crate) struct Run {
     /// Show a file or directory of the host to the container
     #[arg(short, long, value_name = "SRC:DST[:ro]")]
     pub volume: Vec<String>,
+    /// The container's network: none; all interfaces of a namespace, netns:PATH; one that the CNI configuration of a
+    /// name makes, cni:NAME
+    #[arg(long, value_name = "NETWORK", default_value = "none")]
+    pub net: String,
+    /// Lead a port of the host to one of the container; needs a CNI network with the plugin portmap
+    #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST[/udp]")]
+    pub publish: Vec<String>,
+    /// A name server for the container, instead of the namespace's or the host's
+    #[arg(long, value_name = "ADDRESS")]
+    pub dns: Vec<std::net::IpAddr>,
+    /// A line for the container's /etc/hosts
+    #[arg(long, value_name = "NAME:ADDRESS", value_parser = crate::dns::parse_host)]
+    pub add_host: Vec<(String, std::net::IpAddr)>,
     /// The container's host name; by default its identifier
     #[arg(long, value_name = "NAME")]
     pub hostname: Option<String>,

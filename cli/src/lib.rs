@@ -6,6 +6,7 @@
 
 mod args;
 mod commands;
+mod dns;
 pub mod image;
 mod log;
 mod output;

@@ -29,14 +29,15 @@ pub(crate) struct BindMount {
     pub read_only: bool,
 }
 
-/// docker's and podman's default capabilities.
-const CAPABILITIES: [&str; 11] = [
+/// docker's and podman's default capabilities; of `CAP_NET_RAW`, which ping needs in many images, only docker's.
+const CAPABILITIES: [&str; 12] = [
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
     "CAP_FOWNER",
     "CAP_FSETID",
     "CAP_KILL",
     "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
     "CAP_SETFCAP",
     "CAP_SETGID",
     "CAP_SETPCAP",
@@ -102,6 +103,11 @@ pub(crate) fn container(
             "namespaces": [
                 { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "cgroup" },
             ],
+            // As docker and podman: ping without a privilege of its own, and ports below 1024 for everybody.
+            "sysctl": {
+                "net.ipv4.ping_group_range": "0 2147483647",
+                "net.ipv4.ip_unprivileged_port_start": "0",
+            },
             "maskedPaths": [
                 "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
                 "/proc/sched_debug", "/proc/scsi", "/sys/firmware",

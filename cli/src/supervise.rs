@@ -9,16 +9,17 @@ use hull_sandbox::agent::AgentError;
 use hull_sandbox::config::SandboxConfig;
 use hull_sandbox::container::{Connections, Process, Streams};
 use hull_sandbox::host::Host;
+use hull_sandbox::network::Network;
 use hull_sandbox::registry::{Phase, Record};
 use hull_sandbox::sandbox::{Booting, Configured, Running, SandboxError};
 use hull_sandbox::share::{RootSource, Volume};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::Error;
 use crate::log::LogWriter;
 use crate::spec::{self, BindMount, Program};
 use crate::streams::{Attach, Pumps};
 use crate::terminal;
+use crate::{Error, dns};
 
 /// Everything that is decided before a VM exists.
 #[derive(Debug)]
@@ -31,24 +32,34 @@ pub(crate) struct Plan {
     pub read_only: bool,
     /// With their places in the container.
     pub volumes: Vec<(Volume, String)>,
+    pub files: Files,
     pub streams: Streams,
     pub attach: Attach,
     /// Remove everything at the end, rather than keep record and log.
     pub remove: bool,
 }
 
+/// What is decided of the files that name things on the network.
+#[derive(Debug)]
+pub(crate) struct Files {
+    /// Name servers; without any, those of the network or the host.
+    pub servers: Vec<std::net::IpAddr>,
+    /// Lines for /etc/hosts beside the usual ones.
+    pub extra_hosts: Vec<(String, std::net::IpAddr)>,
+}
+
 /// Runs the plan's program and returns its exit status. `started` is called once it runs.
 pub(crate) async fn supervise(plan: Plan, started: impl FnOnce()) -> Result<u8, Error> {
     let mut signals = Signals::new()?;
-    let Plan { host, config, mut record, program, root, read_only, volumes, streams, attach, remove } = plan;
-    let hostname = config.hostname.clone();
+    let Plan { host, config, mut record, program, root, read_only, volumes, files, streams, attach, remove } = plan;
+    let (hostname, network) = (config.hostname.clone(), config.network.clone());
     let booting = Configured::new(host, config)?.start()?;
     record.vmm_pid = booting.vmm_pid();
     let prepared = booting
         .claim()
         .write(&record)
         .map_err(Error::from)
-        .and_then(|()| prepare(&booting, &record.id, &root, &volumes, &hostname))
+        .and_then(|()| prepare(&booting, &record.id, &root, &volumes, &hostname, &network, &files))
         .and_then(|(root, binds)| spec::container(&program, &root, read_only, &hostname, &binds));
     let spec = match prepared {
         Ok(spec) => spec,
@@ -102,12 +113,17 @@ fn prepare(
     root: &RootSource,
     volumes: &[(Volume, String)],
     hostname: &str,
+    network: &Network,
+    files: &Files,
 ) -> Result<(String, Vec<BindMount>), Error> {
     let share = booting.share();
     let root = share.add_root(id, root)?;
     let mut binds = Vec::new();
-    let hosts = format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n");
-    for (name, contents) in [("hosts", hosts), ("hostname", format!("{hostname}\n"))] {
+    let hosts = dns::hosts(hostname, &booting.addresses(), &files.extra_hosts);
+    let hostname = format!("{hostname}\n");
+    let resolv_conf = dns::resolv_conf(network, &files.servers, booting.resolv_conf());
+    let resolv_conf = resolv_conf.as_ref().map(|contents| ("resolv.conf", contents));
+    for (name, contents) in [("hosts", &hosts), ("hostname", &hostname)].into_iter().chain(resolv_conf) {
         let source = share.add_file(id, name, contents.as_bytes())?;
         binds.push(BindMount { source, destination: format!("/etc/{name}"), read_only: false });
     }

@@ -5,7 +5,7 @@
 #![deny(unsafe_code)]
 
 /// Version of the protocol. Sides with equal majors understand each other; a minor only adds.
-pub const VERSION: (u32, u32) = (1, 0);
+pub const VERSION: (u32, u32) = (1, 1);
 
 /// The vsock port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -16,6 +16,15 @@ pub const STREAM_PORT: u32 = 1025;
 pub const READY_PORT: u32 = 1026;
 /// What the agent writes to [`READY_PORT`].
 pub const READY_GREETING: &[u8] = b"hull-agent ready\n";
+
+/// The vsock port on which the agent takes connections for ports of the guest's loopback interface. The host writes the
+/// family that its client used (4 or 6), a zero and the port in network order, and reads one byte: [`FORWARD_CONNECTED`] or
+/// [`FORWARD_REFUSED`]. Since 1.1.
+pub const FORWARD_PORT: u32 = 1027;
+/// From here on the connection is that to the guest's listener.
+pub const FORWARD_CONNECTED: u8 = 0;
+/// Nobody listens there.
+pub const FORWARD_REFUSED: u8 = 1;
 
 /// Bytes of a stream's token, the first that the host sends on it.
 pub const STREAM_TOKEN_BYTES: usize = 16;

@@ -123,6 +123,11 @@ impl Agent {
         answer("SandboxStats", self.sandbox.sandbox_stats(short(), &Default::default()).await)
     }
 
+    /// Makes the guest's network into this one.
+    pub(crate) async fn update_network(&self, network: &hull_protocol::agent::Network) -> Result<(), AgentError> {
+        answer("UpdateNetwork", self.sandbox.update_network(short(), network).await).map(drop)
+    }
+
     /// Asks the guest to write everything back and power off.
     ///
     /// # Errors

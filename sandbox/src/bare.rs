@@ -70,6 +70,7 @@ pub fn run(host: &Host, config: &BareConfig) -> Result<BareExit, VmmError> {
         vsock: None,
         shares: Vec::new(),
         disks,
+        nets: Vec::new(),
     };
     let status = spawn_and_wait(host, fds, &vm)?;
     Ok(BareExit { orderly: status.success(), reason: describe(status) })

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use hull_vmm_api::config::{MAX_CPUS, MAX_MEMORY_MIB};
 
+use crate::network::Network;
+
 /// Least memory in MiB that a sandbox may have: kernel, agent and a small program fit.
 pub const MIN_MEMORY_MIB: u64 = 64;
 
@@ -22,6 +24,8 @@ pub struct SandboxConfig {
     pub hostname: String,
     /// Words added to the end of the kernel's command line.
     pub kernel_params: String,
+    /// Where its network comes from.
+    pub network: Network,
     /// How long the agent may take to answer after the VMM's start.
     pub boot_timeout: Duration,
 }
@@ -129,6 +133,7 @@ mod tests {
             memory_mib: 128,
             hostname: "a".into(),
             kernel_params: String::new(),
+            network: Network::None,
             boot_timeout: Duration::from_secs(30),
         }
     }

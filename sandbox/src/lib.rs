@@ -27,6 +27,7 @@ mod console;
 pub mod container;
 pub mod control;
 pub mod host;
+pub mod network;
 pub mod registry;
 pub mod sandbox;
 pub mod share;

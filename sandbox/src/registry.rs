@@ -7,6 +7,7 @@
 //! | `lock` | locked (`flock`) by the owner for as long as it lives |
 //! | `record.json` | a [`Record`], replaced as a whole |
 //! | `vsock.sock`, `control.sock` | the VMM's sockets |
+//! | `network.json` | what is to be undone in a network namespace; only while it is in use |
 //! | `shared/` | the tree that the guest sees; empty to all but the owner's mount namespace |
 //! | `output.log` | what a detached container printed |
 //!
@@ -226,6 +227,7 @@ impl Registry {
             let exited = matches!(self.read(&id), Ok(Some(record)) if record.phase == Phase::Exited);
             if !exited && !self.has_owner(&id)? {
                 tracing::info!(id, "sweeping what a dead owner left");
+                crate::network::sweep(&self.dir(&id));
                 self.remove_dirs(&id)?;
             }
         }

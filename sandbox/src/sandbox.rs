@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use hull_protocol::agent as wire;
 use hull_protocol::agent::{CreateSandboxRequest, Storage, storage};
 use hull_protocol::{MAX_ENTROPY_BYTES, SHARE_MOUNT_POINT, SHARE_TAG};
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -10,6 +11,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use crate::agent::{Agent, AgentError, answer, short};
 use crate::config::{ConfigError, SandboxConfig};
 use crate::host::{Host, HostError};
+use crate::network::{self, Attachment, NetworkError};
 use crate::registry::{Claim, Registry, RegistryError};
 use crate::share::{Share, ShareError};
 use crate::vmm::{Sockets, Vmm, VmmError};
@@ -35,6 +37,9 @@ pub enum SandboxError {
     /// The tree that the guest sees.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The VMM.
     #[error(transparent)]
     Vmm(#[from] VmmError),
@@ -89,6 +94,7 @@ pub struct Running {
 #[derive(Debug)]
 struct Parts {
     vmm: Vmm,
+    network: Option<Attachment>,
     share: Share,
     claim: Claim,
 }
@@ -96,6 +102,7 @@ struct Parts {
 impl Parts {
     async fn abandon(mut self) {
         self.vmm.kill().await;
+        drop(self.network.take());
         let removed = self.share.remove().map_err(SandboxError::from);
         if let Err(error) = removed.and_then(|()| Ok(self.claim.remove()?)) {
             tracing::warn!("left behind: {error}");
@@ -138,12 +145,18 @@ impl Configured {
                 return Err(error.into());
             }
         };
-        match Vmm::spawn(&host, &config, &sockets, share.root()) {
-            Ok(vmm) => Ok(Booting { config, parts: Parts { vmm, share, claim }, sockets }),
+        // A queue for each of the guest's CPUs.
+        let network = network::attach(&config.network, &config.id, config.cpus.into(), claim.dir());
+        let started = network.map_err(SandboxError::from).and_then(|mut network| {
+            let taps = network.as_mut().map(Attachment::take_taps).unwrap_or_default();
+            Ok((Vmm::spawn(&host, &config, &sockets, share.root(), taps)?, network))
+        });
+        match started {
+            Ok((vmm, network)) => Ok(Booting { config, parts: Parts { vmm, network, share, claim }, sockets }),
             Err(error) => {
                 share.remove()?;
                 claim.remove()?;
-                Err(error.into())
+                Err(error)
             }
         }
     }
@@ -168,6 +181,19 @@ impl Booting {
         &self.parts.claim
     }
 
+    /// The addresses that the guest will have on its network: of global scope, in the order in which the interfaces have
+    /// them.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<std::net::IpAddr> {
+        self.parts.network.as_ref().map(Attachment::addresses).unwrap_or_default()
+    }
+
+    /// What the network's maker wants for name servers, as the contents of a resolv.conf; empty where it says nothing.
+    #[must_use]
+    pub fn resolv_conf(&self) -> String {
+        self.parts.network.as_ref().map(Attachment::resolv_conf).unwrap_or_default()
+    }
+
     /// Ends the VM and removes everything.
     pub async fn abandon(self) {
         self.parts.abandon().await;
@@ -185,7 +211,13 @@ impl Booting {
             outcome = self.set_up() => outcome,
         };
         match outcome {
-            Ok((agent, ready_us)) => Ok(Running { parts: self.parts, agent, ready_us }),
+            Ok((agent, ready_us)) => {
+                if let Some(network) = &mut self.parts.network {
+                    network.forward(&self.sockets.vsock);
+                    network.follow(&agent);
+                }
+                Ok(Running { parts: self.parts, agent, ready_us })
+            }
             Err(error) => {
                 self.parts.abandon().await;
                 Err(error)
@@ -211,15 +243,20 @@ impl Booting {
             }
             Some(true) => {}
         }
+        let network = self.parts.network.as_ref().map(|network| network.description().clone());
         tokio::select! {
             biased;
-            agent = configure_guest(&self.sockets.vsock, &self.config.hostname) => agent,
+            agent = configure_guest(&self.sockets.vsock, &self.config.hostname, network) => agent,
             ended = vmm.wait() => Err(ended.into()),
         }
     }
 }
 
-async fn configure_guest(socket: &Path, hostname: &str) -> Result<(Agent, u64), SandboxError> {
+async fn configure_guest(
+    socket: &Path,
+    hostname: &str,
+    network: Option<wire::Network>,
+) -> Result<(Agent, u64), SandboxError> {
     let (agent, hello) = Agent::connect(socket).await?;
     let mut entropy = vec![0; ENTROPY_BYTES];
     getrandom(&mut entropy[..], GetRandomFlags::empty()).map_err(|errno| SandboxError::Random(errno.into()))?;
@@ -234,6 +271,7 @@ async fn configure_guest(socket: &Path, hostname: &str) -> Result<(Agent, u64), 
             mount_point: SHARE_MOUNT_POINT.to_owned(),
             ..Default::default()
         }],
+        network: network.into(),
         ..Default::default()
     };
     answer("CreateSandbox", agent.sandbox.create_sandbox(short(), &request).await)?;
@@ -285,6 +323,7 @@ impl Running {
             tracing::warn!("the guest did not power off within {} s", SHUTDOWN_TIMEOUT.as_secs());
         }
         self.parts.vmm.kill().await;
+        drop(self.parts.network.take());
         self.parts.share.remove()?;
         let sockets = Sockets::in_dir(self.parts.claim.dir());
         for socket in [sockets.vsock, sockets.control] {

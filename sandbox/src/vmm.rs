@@ -8,8 +8,8 @@ use std::process::Stdio;
 use command_fds::{CommandFdExt, FdMapping};
 use hull_protocol::{READY_PORT, SHARE_TAG};
 use hull_vmm_api::config::{
-    BootConfig, CachePolicy, ConsoleConfig, CpusConfig, GuestPort, MemoryConfig, Resource, ShareConfig, VmConfig,
-    VsockConfig,
+    BootConfig, CachePolicy, ConsoleConfig, CpusConfig, GuestPort, MemoryConfig, NetConfig, Resource, ShareConfig,
+    VmConfig, VsockConfig,
 };
 use hull_vmm_api::exit::ExitCode;
 use rustix::fs::{Mode, OFlags};
@@ -19,6 +19,7 @@ use tokio::process::{Child, Command};
 use crate::config::SandboxConfig;
 use crate::console::Tail;
 use crate::host::Host;
+use crate::network::TapInterface;
 
 /// The context identifier of every guest: sockets of different VMs never meet, since each VM has a Unix socket of its own.
 const GUEST_CID: u32 = 3;
@@ -85,12 +86,13 @@ impl Sockets {
 }
 
 impl Vmm {
-    /// Starts a VMM for `config`, whose one share is the tree at `share`.
+    /// Starts a VMM for `config`, whose one share is the tree at `share` and whose network interfaces are `taps`.
     pub(crate) fn spawn(
         host: &Host,
         config: &SandboxConfig,
         sockets: &Sockets,
         share: &Path,
+        taps: Vec<TapInterface>,
     ) -> Result<Self, VmmError> {
         let mut fds = Inherited::default();
         let (console_read, console_write) = pipe()?;
@@ -122,6 +124,7 @@ impl Vmm {
                 cache: CachePolicy::Auto,
             }],
             disks: Vec::new(),
+            nets: taps.into_iter().enumerate().map(|(index, tap)| fds.add_net(index, tap)).collect(),
         };
         let control = fds.add_number(listen(&sockets.control)?.into());
         let lifeline = fds.add_number(lifeline_read);
@@ -264,6 +267,12 @@ impl Inherited {
         child_fd
     }
 
+    /// Adds a tap's descriptors and says how the configuration describes it.
+    fn add_net(&mut self, index: usize, tap: TapInterface) -> NetConfig {
+        let queues = tap.queues.into_iter().map(|queue| self.add(queue)).collect();
+        NetConfig { id: format!("net{index}"), queues, mac: tap.mac, mtu: tap.mtu }
+    }
+
     pub(crate) fn into_mappings(self) -> Vec<FdMapping> {
         self.0
     }
@@ -313,6 +322,7 @@ mod tests {
             vsock: None,
             shares: Vec::new(),
             disks: Vec::new(),
+            nets: Vec::new(),
         };
         let mut json = String::new();
         std::fs::File::from(config_file(&config).unwrap()).read_to_string(&mut json).unwrap();

@@ -2,11 +2,13 @@
 
 mod bad_input;
 mod boot;
+mod cni;
 mod containers;
 mod exec;
 mod isolation;
 mod lifecycle;
 mod memory;
+mod network;
 mod output;
 mod streams;
 mod tty;

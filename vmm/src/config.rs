@@ -10,8 +10,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use hull_vmm_api::config::{
-    CachePolicy, ConsoleConfig, CpusConfig, DiskConfig, MAX_CMDLINE_BYTES, MAX_CPUS, MAX_MEMORY_MIB, MIN_MEMORY_MIB,
-    Resource, ShareConfig, VmConfig, VsockConfig,
+    CachePolicy, ConsoleConfig, CpusConfig, DiskConfig, MAX_CMDLINE_BYTES, MAX_CPUS, MAX_MEMORY_MIB, MAX_NET_QUEUES,
+    MIN_MEMORY_MIB, MacAddress, NetConfig, Resource, ShareConfig, VmConfig, VsockConfig,
 };
 
 /// Longest mount tag (virtio 1.3, section 5.11.4).
@@ -20,6 +20,8 @@ const MAX_TAG_BYTES: usize = 36;
 const MAX_SERIAL_BYTES: usize = 20;
 /// Longest device name; it stands in thread names and messages.
 const MAX_ID_BYTES: usize = 64;
+/// Least that an interface's largest unit may be (virtio 1.3, section 5.1.4.1).
+const MIN_MTU: u16 = 68;
 /// Names of the devices that a VM has one of.
 pub const RESERVED_IDS: [&str; 4] = ["console", "rng", "balloon", "vsock"];
 /// Least context identifier of a guest (virtio 1.3, section 5.10.4): those below have fixed meanings.
@@ -73,6 +75,8 @@ pub struct Settings {
     pub disks: Vec<DiskSettings>,
     /// Shares there from the start.
     pub shares: Vec<ShareSettings>,
+    /// Network interfaces there from the start.
+    pub nets: Vec<NetSettings>,
 }
 
 /// The socket device.
@@ -109,6 +113,18 @@ pub struct ShareSettings {
     pub read_only: bool,
     /// What the guest may cache.
     pub cache: CachePolicy,
+}
+
+/// A network interface.
+pub struct NetSettings {
+    /// Name in control requests.
+    pub id: String,
+    /// The tap's descriptors, one for each queue pair.
+    pub queues: Vec<OwnedFd>,
+    /// Its address.
+    pub mac: MacAddress,
+    /// The largest unit that the driver is told.
+    pub mtu: Option<u16>,
 }
 
 fn refuse(field: impl Into<String>, problem: impl Into<String>) -> ConfigError {
@@ -201,6 +217,30 @@ impl Opener {
         let options = File::options().read(true).custom_flags(libc::O_DIRECTORY).clone();
         let root = self.open(&format!("{field}.root"), share.root, &options)?;
         Ok(ShareSettings { id: share.id, root, tag: share.tag, read_only: share.read_only, cache: share.cache })
+    }
+
+    /// Checks a network interface and takes its descriptors.
+    ///
+    /// # Errors
+    ///
+    /// When it is not acceptable.
+    pub fn net(&mut self, field: &str, net: NetConfig) -> Result<NetSettings, ConfigError> {
+        check_id(field, &net.id)?;
+        if net.queues.is_empty() || net.queues.len() > MAX_NET_QUEUES {
+            return Err(refuse(format!("{field}.queues"), format!("must be 1 to {MAX_NET_QUEUES} descriptors")));
+        }
+        if net.mtu.is_some_and(|mtu| mtu < MIN_MTU) {
+            return Err(refuse(format!("{field}.mtu"), format!("must be {MIN_MTU} or more")));
+        }
+        let mut queues = Vec::new();
+        for (index, queue) in net.queues.into_iter().enumerate() {
+            let field = format!("{field}.queues[{index}]");
+            if matches!(queue, Resource::Path(_)) {
+                return Err(refuse(field, "a tap must be a descriptor"));
+            }
+            queues.push(self.open(&field, queue, &OpenOptions::new())?);
+        }
+        Ok(NetSettings { id: net.id, queues, mac: net.mac, mtu: net.mtu })
     }
 
     fn console(&mut self, console: ConsoleConfig) -> Result<(File, Option<File>), ConfigError> {
@@ -305,9 +345,14 @@ impl Settings {
         for (index, share) in config.shares.into_iter().enumerate() {
             shares.push(opener.share(&format!("shares[{index}]"), share)?);
         }
+        let mut nets = Vec::new();
+        for (index, net) in config.nets.into_iter().enumerate() {
+            nets.push(opener.net(&format!("nets[{index}]"), net)?);
+        }
         let all = disks.iter().map(|disk| &disk.id).chain(shares.iter().map(|share| &share.id));
+        let all = all.chain(nets.iter().map(|net| &net.id));
         if let Some(twice) = all.into_iter().find(|id| !ids.insert(id.as_str())) {
-            return Err(refuse("disks, shares", format!("the name \"{twice}\" is there twice")));
+            return Err(refuse("disks, shares, nets", format!("the name \"{twice}\" is there twice")));
         }
         Ok(Self {
             cpus: config.cpus,
@@ -320,6 +365,7 @@ impl Settings {
             vsock,
             disks,
             shares,
+            nets,
         })
     }
 }
@@ -387,6 +433,21 @@ mod tests {
         }
         assert!(problem(|json| json["shares"] = serde_json::json!([share("")])).starts_with("shares[0].id"));
         assert_eq!(config(|json| json["shares"] = serde_json::json!([share("a")])).unwrap().shares.len(), 1);
+    }
+
+    #[test]
+    fn interfaces_are_descriptors_with_an_address() {
+        let net = |change: fn(&mut serde_json::Value)| {
+            let mut net = serde_json::json!({"id": "eth0", "queues": [{"fd": 9999}], "mac": "02:00:00:00:00:01"});
+            change(&mut net);
+            problem(|json| json["nets"] = serde_json::json!([net]))
+        };
+        assert!(net(|_| {}).starts_with("nets[0].queues[0]: cannot use descriptor 9999"));
+        assert!(net(|net| net["mac"] = "03:00:00:00:00:01".into()).contains("03:00:00:00:00:01"));
+        assert!(net(|net| net["mtu"] = 67.into()).starts_with("nets[0].mtu: "));
+        assert!(net(|net| net["queues"] = serde_json::json!([])).starts_with("nets[0].queues: "));
+        assert!(net(|net| net["queues"] = serde_json::json!([{"path": "/dev/net/tun"}])).contains("a descriptor"));
+        assert!(net(|net| net["vlan"] = 1.into()).contains("unknown field `vlan`"));
     }
 
     #[test]

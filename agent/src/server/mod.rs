@@ -5,6 +5,7 @@
 
 mod container;
 mod convert;
+mod network;
 mod sandbox;
 mod status;
 
@@ -17,7 +18,7 @@ use std::time::Duration;
 
 use futures_core::Stream;
 use hull_protocol::agent_ttrpc::{create_container_service, create_sandbox_service};
-use hull_protocol::{AGENT_PORT, READY_GREETING, READY_PORT, STREAM_PORT};
+use hull_protocol::{AGENT_PORT, FORWARD_PORT, READY_GREETING, READY_PORT, STREAM_PORT};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
@@ -54,7 +55,7 @@ impl Listener {
     }
 
     /// The next connection of the host's.
-    async fn next(&self) -> BoxedConnection {
+    pub(crate) async fn next(&self) -> BoxedConnection {
         loop {
             match self.accept().await {
                 Ok(connection) => return connection,
@@ -80,12 +81,23 @@ impl Listener {
     }
 }
 
-/// The agent's two ports in a guest.
-pub(crate) fn listen_on_vsock() -> Result<(Listener, Listener)> {
-    Ok((Listener::vsock(AGENT_PORT)?, Listener::vsock(STREAM_PORT)?))
+/// The agent's ports in a guest.
+pub(crate) struct Ports {
+    pub(crate) rpc: Listener,
+    pub(crate) streams: Listener,
+    pub(crate) forward: Listener,
 }
 
-/// Serves both ports. Returns only if that fails.
+/// Listens on all ports.
+pub(crate) fn listen_on_vsock() -> Result<Ports> {
+    Ok(Ports {
+        rpc: Listener::vsock(AGENT_PORT)?,
+        streams: Listener::vsock(STREAM_PORT)?,
+        forward: Listener::vsock(FORWARD_PORT)?,
+    })
+}
+
+/// Serves requests and streams. Returns only if that fails.
 pub(crate) async fn run(
     rpc: Listener,
     streams: Listener,
@@ -111,7 +123,7 @@ pub(crate) async fn run(
     Err(Error::failed("serve", "the server has ended"))
 }
 
-/// Tells the host that both ports are served. A host that does not listen for that finds out by itself.
+/// Tells the host that the ports are served. A host that does not listen for that finds out by itself.
 pub(crate) async fn greet() {
     let host = VsockAddr::new(VMADDR_CID_HOST, READY_PORT);
     let greeted = async {

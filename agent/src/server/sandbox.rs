@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use hull_protocol::VERSION;
 use hull_protocol::agent::{
-    AddDeviceRequest, AddDeviceResponse, CreateSandboxRequest, Empty, HandshakeRequest, HandshakeResponse,
+    AddDeviceRequest, AddDeviceResponse, CreateSandboxRequest, Empty, HandshakeRequest, HandshakeResponse, Network,
     NextEventsRequest, NextEventsResponse, OnlineCpusRequest, OnlineCpusResponse, RemoveDeviceRequest, ReseedRequest,
     SandboxStatsResponse, SetTimeRequest,
 };
@@ -11,7 +11,7 @@ use hull_protocol::agent_ttrpc::SandboxService;
 use tokio::task::spawn_blocking;
 use ttrpc::r#async::TtrpcContext;
 
-use super::{Services, convert, detached};
+use super::{Services, convert, detached, network};
 use crate::error::{Error, Step};
 use crate::{cpus, devices, sandbox};
 
@@ -42,8 +42,15 @@ impl SandboxService for Services {
             entropy: request.entropy,
             storages: convert::storages(request.storages)?,
             sysctls: request.sysctls,
+            network: request.network.into_option().map(network::network).transpose()?,
         };
         detached(async move { sandbox.create(request).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn update_network(&self, _: &TtrpcContext, request: Network) -> ttrpc::Result<Empty> {
+        let (sandbox, network) = (self.sandbox.clone(), network::network(request)?);
+        detached(async move { sandbox.update_network(network).await }).await?;
         Ok(Empty::new())
     }
 

@@ -26,7 +26,7 @@ use crate::{Error, Outcome};
 pub(crate) fn run(args: Args) -> Outcome {
     let host = Host::discover()?;
     match args.verb {
-        Verb::Run(args) => run::run(args, host),
+        Verb::Run(args) => run::run(*args, host),
         Verb::Exec(args) => exec::run(args, &host),
         Verb::Ps(args) => ps::run(&args, &host),
         Verb::Kill(args) => kill::run(&args, &host),

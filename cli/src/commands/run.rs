@@ -9,6 +9,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use hull_sandbox::config::{SandboxConfig, check_name};
 use hull_sandbox::container::Streams;
 use hull_sandbox::host::Host;
+use hull_sandbox::network::Network;
+use hull_sandbox::network::cni::PortMapping;
 use hull_sandbox::registry::{Phase, Record};
 use hull_sandbox::share::{RootSource, Volume, enter_mount_namespace};
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -17,7 +19,7 @@ use crate::args::{ProcessOptions, Run};
 use crate::image::{Image, Store};
 use crate::spec::{self, Program};
 use crate::streams::Attach;
-use crate::supervise::{Plan, interrupted, supervise};
+use crate::supervise::{Files, Plan, interrupted, supervise};
 use crate::{Error, Outcome, terminal};
 
 /// The status of a program that Ctrl-C kept from starting: 128 + SIGINT.
@@ -128,11 +130,14 @@ fn plan(args: Run, host: Host) -> Result<Prepared, Error> {
         memory_mib: args.memory,
         hostname,
         kernel_params: args.kernel_params,
+        network: parse_network(&args.net, &args.publish)?,
         boot_timeout: Duration::from_secs(args.boot_timeout),
     };
+    let files = Files { servers: args.dns, extra_hosts: args.add_host };
     let attach = if args.detached_owner { Attach::Nowhere } else { Attach::Own };
     let read_only = args.read_only;
-    let plan = Plan { host, config, record, program, root, read_only, volumes, streams, attach, remove: args.rm };
+    let plan =
+        Plan { host, config, record, program, root, read_only, volumes, files, streams, attach, remove: args.rm };
     Ok(Prepared { plan, image })
 }
 
@@ -209,6 +214,38 @@ pub(super) fn streams(options: &ProcessOptions) -> Result<Streams, Error> {
     }
     let (columns, rows) = terminal::size();
     Ok(Streams::Terminal { columns, rows })
+}
+
+/// Reads `none`, `netns:PATH` or `cni:NAME`, and with the last the ports to publish.
+fn parse_network(text: &str, publish: &[String]) -> Result<Network, Error> {
+    let ports = publish.iter().map(|text| parse_port(text)).collect::<Result<Vec<_>, _>>()?;
+    match text.split_once(':') {
+        Some(("cni", name)) if !name.is_empty() => Ok(Network::Cni { name: name.to_owned(), ports }),
+        _ if !ports.is_empty() => Err(format!("-p needs a network that CNI makes; --net is {text}").into()),
+        None if text == "none" => Ok(Network::None),
+        Some(("netns", path)) if !path.is_empty() => Ok(Network::Namespace(std::path::absolute(path)?)),
+        _ => Err(format!("{text} is no network; use none, netns:PATH or cni:NAME").into()),
+    }
+}
+
+/// Reads `[ADDRESS:]HOST:GUEST[/tcp|/udp]`.
+fn parse_port(text: &str) -> Result<PortMapping, Error> {
+    let wrong = || Error::from(format!("{text} is no port; write HOST:GUEST, ADDRESS:HOST:GUEST, or either with /udp"));
+    let (numbers, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+    // An address may have colons itself.
+    let (rest, container) = numbers.rsplit_once(':').ok_or_else(wrong)?;
+    let (address, host) = rest.rsplit_once(':').map_or((None, rest), |(address, host)| (Some(address), host));
+    let number = |text: &str| text.parse::<u16>().ok().filter(|port| *port != 0).ok_or_else(wrong);
+    let address = address.map(|address| address.trim_matches(['[', ']']).parse().map_err(|_| wrong())).transpose()?;
+    if !matches!(protocol, "tcp" | "udp") {
+        return Err(wrong());
+    }
+    Ok(PortMapping {
+        host_ip: address,
+        host_port: number(host)?,
+        container_port: number(container)?,
+        protocol: protocol.to_owned(),
+    })
 }
 
 /// Reads `SRC:DST[:ro]`.
@@ -290,6 +327,32 @@ mod tests {
         assert!(parse_volume("/:/data:ro").unwrap().0.read_only);
         for text in ["", "/", "/:data", "/:/", "/:/a/../b", "/:/a:rx", "/:/a:ro:z", "/no/such/thing:/a"] {
             assert!(parse_volume(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn networks_are_none_or_a_namespace() {
+        let parse = |text: &str| parse_network(text, &[]);
+        assert_eq!(parse("none").unwrap(), Network::None);
+        assert_eq!(parse("netns:/run/netns/a:b").unwrap(), Network::Namespace("/run/netns/a:b".into()));
+        assert_eq!(parse("cni:x").unwrap(), Network::Cni { name: "x".into(), ports: Vec::new() });
+        for text in ["", "netns", "netns:", "host", "none:", "cni:", "cni"] {
+            assert!(parse(text).is_err(), "{text:?}");
+        }
+        assert!(parse_network("none", &["1:2".to_owned()]).is_err());
+    }
+
+    #[test]
+    fn ports_have_an_address_and_protocol_or_not() {
+        let port = |text: &str| {
+            let port = parse_port(text).unwrap();
+            (port.host_ip.map(|ip| ip.to_string()), port.host_port, port.container_port, port.protocol)
+        };
+        assert_eq!(port("8080:80"), (None, 8080, 80, "tcp".into()));
+        assert_eq!(port("127.0.0.1:53:53/udp"), (Some("127.0.0.1".into()), 53, 53, "udp".into()));
+        assert_eq!(port("[::1]:1:2"), (Some("::1".into()), 1, 2, "tcp".into()));
+        for text in ["", "80", "80:", ":80", "0:80", "80:65536", "x:80", "1:2:3", "80:80/sctp"] {
+            assert!(parse_port(text).is_err(), "{text:?}");
         }
     }
 

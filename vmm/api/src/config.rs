@@ -17,6 +17,9 @@ pub const MAX_MEMORY_MIB: u64 = 512 * 1024;
 /// Longest kernel command line, in bytes, with its terminating zero (`COMMAND_LINE_SIZE` of Linux on x86_64).
 pub const MAX_CMDLINE_BYTES: usize = 2048;
 
+/// Most queue pairs of a network interface.
+pub const MAX_NET_QUEUES: usize = 8;
+
 /// A file, device or socket that the VMM uses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -54,6 +57,9 @@ pub struct VmConfig {
     /// Files and block devices that the guest sees through virtio-blk.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
+    /// Taps of the host that the guest sees as network interfaces.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<NetConfig>,
 }
 
 /// Virtual CPUs.
@@ -171,4 +177,103 @@ pub struct DiskConfig {
     /// What the guest reads as the disk's serial number, at most 20 bytes (virtio 1.3, section 5.2.6).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
+}
+
+/// A tap of the host that the guest sees as a network interface through virtio-net.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Name of the device in control requests, unique in the VM.
+    pub id: String,
+    /// Descriptors of `/dev/net/tun`, attached to one tap that was made with `IFF_TAP`, `IFF_NO_PI` and `IFF_VNET_HDR`: a
+    /// queue pair each, 1 to [`MAX_NET_QUEUES`]; of more than one with `IFF_MULTI_QUEUE`. Never a path.
+    pub queues: Vec<Resource>,
+    /// The interface's address in the guest.
+    pub mac: MacAddress,
+    /// The largest unit in bytes, 68 or more, which the guest's driver takes over; absent, it is told none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+}
+
+/// The address of one Ethernet interface, not of a group; written `02:00:00:00:00:01`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct MacAddress([u8; 6]);
+
+/// Something that is not the address of an interface.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0} is not the address of an interface: write six bytes such as 02:00:00:00:00:01, the first one even")]
+pub struct NotAMacAddress(String);
+
+impl MacAddress {
+    /// Its bytes in the order in which they are sent.
+    #[must_use]
+    pub fn bytes(self) -> [u8; 6] {
+        self.0
+    }
+}
+
+impl std::fmt::Display for MacAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl TryFrom<[u8; 6]> for MacAddress {
+    type Error = NotAMacAddress;
+
+    fn try_from(bytes: [u8; 6]) -> Result<Self, NotAMacAddress> {
+        let address = Self(bytes);
+        // Bit 0 of the first byte marks the address of a group.
+        if bytes[0] & 1 != 0 || bytes == [0; 6] { Err(NotAMacAddress(address.to_string())) } else { Ok(address) }
+    }
+}
+
+impl TryFrom<String> for MacAddress {
+    type Error = NotAMacAddress;
+
+    fn try_from(text: String) -> Result<Self, NotAMacAddress> {
+        text.parse()
+    }
+}
+
+impl std::str::FromStr for MacAddress {
+    type Err = NotAMacAddress;
+
+    fn from_str(text: &str) -> Result<Self, NotAMacAddress> {
+        let byte = |part: &str| match part.len() {
+            2 if part.bytes().all(|digit| digit.is_ascii_hexdigit()) => u8::from_str_radix(part, 16).ok(),
+            _ => None,
+        };
+        let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
+        bytes
+            .and_then(|bytes| <[u8; 6]>::try_from(bytes).ok())
+            .and_then(|bytes| Self::try_from(bytes).ok())
+            .ok_or_else(|| NotAMacAddress(text.to_owned()))
+    }
+}
+
+impl From<MacAddress> for String {
+    fn from(address: MacAddress) -> Self {
+        address.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_interfaces_are_read_and_written() {
+        let address: MacAddress = "02:00:5E:00:53:0a".parse().unwrap();
+        assert_eq!(address.bytes(), [2, 0, 0x5e, 0, 0x53, 10]);
+        assert_eq!(address.to_string(), "02:00:5e:00:53:0a");
+        for bad in
+            ["", "02:00:00:00:00", "02:00:00:00:00:00:01", "2:0:0:0:0:1", "+2:00:00:00:00:01", "01:00:00:00:00:01"]
+        {
+            assert!(bad.parse::<MacAddress>().is_err(), "{bad}");
+        }
+        assert!("00:00:00:00:00:00".parse::<MacAddress>().is_err());
+    }
 }

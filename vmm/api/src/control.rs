@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{DiskConfig, ShareConfig};
+use crate::config::{DiskConfig, NetConfig, ShareConfig};
 
 /// Longest line, in bytes, that either side accepts.
 pub const MAX_LINE_BYTES: usize = 64 * 1024;
@@ -25,6 +25,8 @@ pub enum Request {
     AddDisk(DiskConfig),
     /// Puts a share on the PCI bus; the guest finds it when it rescans the bus.
     AddShare(ShareConfig),
+    /// Puts a network interface on the PCI bus; the guest finds it when it rescans the bus.
+    AddNet(NetConfig),
     /// Takes a device that was added, or was there from the start, off the bus. The guest must have let go of it.
     RemoveDevice {
         /// The device's name.
@@ -89,7 +91,7 @@ pub enum State {
 pub struct Device {
     /// Its name.
     pub id: String,
-    /// Its virtio kind: `block`, `fs`, `vsock`, `console`, `rng`, `balloon`.
+    /// Its virtio kind: `block`, `fs`, `net`, `vsock`, `console`, `rng`, `balloon`.
     pub kind: String,
     /// PCI address as Linux writes it.
     pub pci_address: String,
@@ -102,6 +104,10 @@ pub struct Counters {
     pub exits: std::collections::BTreeMap<String, u64>,
     /// Requests or packets that each device has completed.
     pub devices: std::collections::BTreeMap<String, u64>,
+    /// What devices count beside that, by device and name: of an interface `rx_packets`, `rx_bytes`, `rx_dropped` (what
+    /// the guest received) and the same with `tx_` (what it sent).
+    #[serde(default, skip_serializing_if = "std::collections::BTreeMap::is_empty")]
+    pub details: std::collections::BTreeMap<String, std::collections::BTreeMap<String, u64>>,
     /// Bytes of guest memory that are resident on the host.
     pub guest_resident_bytes: u64,
 }

@@ -139,13 +139,19 @@ const ALLOWED: [&[libc::c_long]; 6] = [
     crate::arch::filter::ALLOWED,
 ];
 
-/// Requests of ioctl(2) that are not KVM's: disks that are block devices (linux/fs.h), and sockets that do not block.
-const DEVICE_IOCTLS: [u32; 5] = [
+/// Requests of ioctl(2) that are not KVM's: disks that are block devices (linux/fs.h), sockets that do not block, and
+/// settings of taps that exist (linux/if_tun.h).
+const DEVICE_IOCTLS: [u32; 10] = [
     0x8008_1272, // BLKGETSIZE64
     0x1268,      // BLKSSZGET
     0x127b,      // BLKPBSZGET
     0x1277,      // BLKDISCARD
     0x5421,      // FIONBIO
+    0x4004_54d0, // TUNSETOFFLOAD
+    0x4004_54d8, // TUNSETVNETHDRSZ
+    0x4004_54d9, // TUNSETQUEUE
+    0x4004_54dc, // TUNSETVNETLE
+    0x8004_54d2, // TUNGETIFF
 ];
 
 /// Limits all threads of the process, present and future, to what a running VM needs.

@@ -31,6 +31,8 @@ pub type GuestMemory = Arc<GuestMemoryMmap>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum DeviceKind {
+    /// Section 5.1.
+    Net = 1,
     /// Section 5.2.
     Block = 2,
     /// Section 5.3.
@@ -50,6 +52,7 @@ impl DeviceKind {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Net => "net",
             Self::Block => "block",
             Self::Console => "console",
             Self::Rng => "rng",
@@ -207,6 +210,11 @@ pub trait VirtioDevice: Send {
 
     /// Requests or packets completed since the start. Any time.
     fn completed(&self) -> u64;
+
+    /// What else the device counts since the start, by name. Any time; always the same names.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
 }
 
 /// Copies from a configuration space held as bytes, as [`VirtioDevice::read_config`] is to answer.

@@ -8,6 +8,7 @@ pub mod block;
 pub mod console;
 pub mod device;
 pub mod fs;
+pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rng;

@@ -7,11 +7,13 @@
 //! [`Chain`] is one request: its descriptors, walked and checked once, resolved to host memory. The contents stay the
 //! guest's to change at any time; a device copies a field once and judges the copy.
 
+use std::num::Wrapping;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::bitmap::BS;
-use vm_memory::{ByteValued, GuestMemory as _, VolatileSlice};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory as _, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{GuestMemory, Interrupt};
@@ -201,10 +203,14 @@ pub struct VirtQueue {
     memory: GuestMemory,
     kick: Arc<EventFd>,
     interrupt: Arc<dyn Interrupt>,
-    /// Whether something was pushed since the driver was last notified.
-    pushed: bool,
+    /// Where the used ring stood when the driver was last notified, or told not to be.
+    notified: Wrapping<u16>,
     broken: bool,
 }
+
+/// Offset of the entries in a used ring, and the size of one (virtio 1.3, section 2.7.8).
+const USED_ENTRIES: u64 = 4;
+const USED_ENTRY_BYTES: u64 = 8;
 
 impl VirtQueue {
     /// Joins a ring that the driver configured to its notifications.
@@ -222,7 +228,8 @@ impl VirtQueue {
         if !queue.is_valid(&*memory) {
             return Err(QueueError::Ring);
         }
-        Ok(Self { index, queue, memory, kick, interrupt, pushed: false, broken: false })
+        let notified = Wrapping(queue.next_used());
+        Ok(Self { index, queue, memory, kick, interrupt, notified, broken: false })
     }
 
     /// Its place among the device's queues.
@@ -308,22 +315,59 @@ impl VirtQueue {
 
     /// Returns a chain to the driver with the number of bytes written to it. [`notify`](Self::notify) later.
     pub fn push(&mut self, head: u16, written: u32) {
-        self.pushed = true;
         if !self.broken && self.queue.add_used(&*self.memory, head, written).is_err() {
             self.break_down(&QueueError::Ring);
         }
     }
 
-    /// Interrupts the driver if it wants to hear of what was pushed since the last call.
-    pub fn notify(&mut self) {
-        if self.broken || !std::mem::take(&mut self.pushed) {
+    /// Returns several chains so that the driver sees all of them or none: the parts of one packet (virtio 1.3, section
+    /// 5.1.6.4). Each is a head and the number of bytes written; at most as many as the ring has entries.
+    pub fn push_together(&mut self, chains: &[(u16, u32)]) {
+        let Some((last, before)) = chains.split_last() else { return };
+        if self.broken {
             return;
         }
-        match self.queue.needs_notification(&*self.memory) {
-            Ok(true) => self.interrupt.signal_queue(self.index),
-            Ok(false) => {}
-            Err(_) => self.break_down(&QueueError::Ring),
+        let mut next = Wrapping(self.queue.next_used());
+        for &(head, written) in before {
+            let slot = USED_ENTRIES + USED_ENTRY_BYTES * u64::from(next.0 % self.queue.size());
+            // Head, then length, as one little-endian number.
+            let entry = u64::from(head) | u64::from(written) << 32;
+            let at = self.queue.used_ring().checked_add(slot).map(GuestAddress);
+            if at.is_none_or(|at| self.memory.write_obj(entry.to_le(), at).is_err()) {
+                self.break_down(&QueueError::Ring);
+                return;
+            }
+            next += 1;
         }
+        // The index, which is what the driver looks at, moves with the last one.
+        self.queue.set_next_used(next.0);
+        self.push(last.0, last.1);
+    }
+
+    /// Interrupts the driver if it wants to hear of what was pushed since the last call.
+    pub fn notify(&mut self) {
+        let next = Wrapping(self.queue.next_used());
+        let pushed = next - std::mem::replace(&mut self.notified, next);
+        if self.broken || pushed.0 == 0 {
+            return;
+        }
+        match self.used_event() {
+            // Section 2.7.7.2: the driver waits for the entry before the one it names to be passed.
+            Some(event) if next - event - Wrapping(1) >= pushed => {}
+            _ => self.interrupt.signal_queue(self.index),
+        }
+    }
+
+    /// The entry of the used ring whose use the driver wants to hear of; `None` where it wants to hear of each.
+    fn used_event(&self) -> Option<Wrapping<u16>> {
+        if !self.queue.event_idx_enabled() {
+            return None;
+        }
+        // What was pushed must be visible before the driver's wish is read: it looks once more after it has written that.
+        fence(Ordering::SeqCst);
+        let offset = 4 + 2 * u64::from(self.queue.size());
+        let at = GuestAddress(self.queue.avail_ring().checked_add(offset)?);
+        self.memory.load::<u16>(at, Ordering::Relaxed).ok().map(|event| Wrapping(u16::from_le(event)))
     }
 
     /// Where the ring stands, for [`VirtioDevice::save`](super::device::VirtioDevice::save).
@@ -429,6 +473,36 @@ mod tests {
         b.device.notify();
         b.device.notify();
         assert_eq!(*b.interrupt.queues.lock().unwrap(), [3]);
+    }
+
+    #[test]
+    fn the_parts_of_a_packet_are_used_together() {
+        let mut b = bench();
+        let heads: Vec<u16> = (0..3).map(|_| b.driver.add(&[(BUFFERS, 8, true)])).collect();
+        while b.device.pop().is_some() {}
+        b.device.push_together(&[]);
+        b.device.notify();
+        assert!(b.interrupt.queues.lock().unwrap().is_empty());
+        b.device.push_together(&[(heads[0], 8), (heads[1], 8), (heads[2], 3)]);
+        b.device.notify();
+        assert_eq!([(); 3].map(|()| b.driver.take_used()), [Some((0, 8)), Some((1, 8)), Some((2, 3))]);
+        assert_eq!(*b.interrupt.queues.lock().unwrap(), [3]);
+    }
+
+    #[test]
+    fn with_event_indices_the_driver_says_when_it_wants_to_hear() {
+        for (event, wanted) in [(0, true), (1, true), (2, true), (3, false), (u16::MAX, false)] {
+            let mut b = bench();
+            b.device.queue.set_event_idx(true);
+            for _ in 0..3 {
+                b.driver.add(&[(BUFFERS, 8, true)]);
+            }
+            while b.device.pop().is_some() {}
+            b.driver.set_used_event(event);
+            b.device.push_together(&[(0, 8), (1, 8), (2, 8)]);
+            b.device.notify();
+            assert_eq!(!b.interrupt.queues.lock().unwrap().is_empty(), wanted, "{event}");
+        }
     }
 
     #[test]

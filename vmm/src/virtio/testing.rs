@@ -96,6 +96,11 @@ impl DriverQueue {
         self.memory.write_obj(index, GuestAddress(self.available_ring() + 2)).unwrap();
     }
 
+    /// Names the entry of the used ring whose use the driver wants to hear of.
+    pub(crate) fn set_used_event(&self, event: u16) {
+        self.memory.write_obj(event, GuestAddress(self.available_ring() + 4 + 2 * u64::from(self.size))).unwrap();
+    }
+
     /// Adds a chain of `(address, length, device may write)` segments and makes it available; returns its head.
     pub(crate) fn add(&mut self, segments: &[(u64, u32, bool)]) -> u16 {
         let head = self.next_descriptor;

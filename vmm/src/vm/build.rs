@@ -10,7 +10,7 @@ use super::machine::{Machine, MachineError};
 use crate::arch::cpuid::CpuTopology;
 use crate::arch::{acpi, boot, cpuid, layout, registers};
 use crate::board::Board;
-use crate::config::{DiskSettings, Settings, ShareSettings};
+use crate::config::{DiskSettings, NetSettings, Settings, ShareSettings, VsockSettings};
 use crate::event_loop::EventLoop;
 use crate::kvm::{Interrupts, KvmError, Vm};
 use crate::legacy::power::Power;
@@ -27,6 +27,7 @@ use crate::virtio::block::Block;
 use crate::virtio::console::Console;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::fs::Fs;
+use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 
@@ -120,19 +121,26 @@ pub fn build(settings: Settings, kvm: &Kvm) -> Result<Machine, BuildError> {
     });
     let event_loop = EventLoop::new().map_err(host("create an event loop"))?;
     let mut machine = Machine::new(vm, board, Vcpus::new()?, event_loop.clone(), ending, settings.memory_mib);
-    plug_devices(&mut machine, settings.console, settings.vsock, settings.disks, settings.shares)?;
+    plug_devices(&mut machine, settings.console, settings.vsock)?;
+    for settings in settings.disks {
+        machine.plug(&settings.id.clone(), disk(settings)?)?;
+    }
+    for settings in settings.shares {
+        machine.plug(&settings.id.clone(), share(settings)?)?;
+    }
+    for settings in settings.nets {
+        machine.plug(&settings.id.clone(), net(settings)?)?;
+    }
     add_vcpus(&mut machine, cpus, kernel.entry)?;
     spawn_event_loop(&machine, event_loop)?;
     Ok(machine)
 }
 
-/// Devices in the order in which the guest meets them.
+/// The devices that a VM has at most one of, in the order in which the guest meets them.
 fn plug_devices(
     machine: &mut Machine,
     console: Option<(std::fs::File, Option<std::fs::File>)>,
-    vsock: Option<crate::config::VsockSettings>,
-    disks: Vec<DiskSettings>,
-    shares: Vec<ShareSettings>,
+    vsock: Option<VsockSettings>,
 ) -> Result<(), BuildError> {
     let event_loop = machine.event_loop().clone();
     if let Some((output, input)) = console {
@@ -146,12 +154,6 @@ fn plug_devices(
             why: format!("cannot use the listening socket: {source}"),
         })?;
         machine.plug("vsock", Box::new(vsock))?;
-    }
-    for settings in disks {
-        machine.plug(&settings.id.clone(), disk(settings)?)?;
-    }
-    for settings in shares {
-        machine.plug(&settings.id.clone(), share(settings)?)?;
     }
     Ok(())
 }
@@ -170,6 +172,15 @@ pub(super) fn share(share: ShareSettings) -> Result<Box<dyn VirtioDevice>, Machi
     let ShareSettings { id, root, tag, read_only, cache } = share;
     match Fs::new(&id, root, &tag, read_only, cache) {
         Ok(fs) => Ok(Box::new(fs)),
+        Err(error) => Err(MachineError::Device { id, why: error.to_string() }),
+    }
+}
+
+/// Makes a network interface.
+pub(super) fn net(net: NetSettings) -> Result<Box<dyn VirtioDevice>, MachineError> {
+    let NetSettings { id, queues, mac, mtu } = net;
+    match Net::new(&id, queues, mac.bytes(), mtu) {
+        Ok(net) => Ok(Box::new(net)),
         Err(error) => Err(MachineError::Device { id, why: error.to_string() }),
     }
 }

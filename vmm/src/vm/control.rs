@@ -5,6 +5,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use hull_vmm_api::config::MAX_NET_QUEUES;
 use hull_vmm_api::control::{MAX_LINE_BYTES, Request, Response};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -12,8 +13,8 @@ use super::machine::Machine;
 use crate::config::Opener;
 use crate::outcome::Outcome;
 
-/// Most descriptors that may come with one request; a request names one.
-const MAX_ATTACHED: usize = 4;
+/// Most descriptors that may come with one request: a network interface's.
+const MAX_ATTACHED: usize = MAX_NET_QUEUES;
 /// How long a client may take to make room for an answer before it is given up: the main thread waits for it.
 const WRITE_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -112,6 +113,10 @@ fn answer(line: &[u8], attached: Vec<OwnedFd>, machine: &mut Machine) -> Respons
             Err(problem) => error(&problem),
         },
         Request::AddShare(share) => match machine.add_share(share, &mut opener) {
+            Ok(address) => Response::Added { pci_address: address.to_string() },
+            Err(problem) => error(&problem),
+        },
+        Request::AddNet(net) => match machine.add_net(net, &mut opener) {
             Ok(address) => Response::Added { pci_address: address.to_string() },
             Err(problem) => error(&problem),
         },

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hull_vmm_api::config::{DiskConfig, ShareConfig};
+use hull_vmm_api::config::{DiskConfig, NetConfig, ShareConfig};
 use hull_vmm_api::control::{Counters, Device, State, Status};
 
 use crate::board::Board;
@@ -154,7 +154,19 @@ impl Machine {
         self.plug(&id, super::build::share(share)?)
     }
 
-    /// Takes a disk or share off the bus.
+    /// Adds a network interface; the guest finds it when it rescans the bus.
+    ///
+    /// # Errors
+    ///
+    /// When it is not acceptable or there is no room for it.
+    pub fn add_net(&mut self, net: NetConfig, opener: &mut Opener) -> Result<Address, MachineError> {
+        self.check_name(&net.id)?;
+        let net = opener.net("net", net)?;
+        let id = net.id.clone();
+        self.plug(&id, super::build::net(net)?)
+    }
+
+    /// Takes a disk, share or network interface off the bus.
     ///
     /// # Errors
     ///
@@ -230,8 +242,15 @@ impl Machine {
     pub fn counters(&self) -> Counters {
         let devices: BTreeMap<_, _> =
             self.devices.iter().map(|entry| (entry.id.clone(), entry.lock().device().completed())).collect();
+        let details = self
+            .devices
+            .iter()
+            .map(|entry| (entry.id.clone(), entry.lock().device().counters()))
+            .filter(|(_, counters)| !counters.is_empty())
+            .map(|(id, counters)| (id, counters.into_iter().map(|(name, count)| (name.to_owned(), count)).collect()))
+            .collect();
         // The kernel has no reason to refuse the question; if it does, nothing is known.
         let guest_resident_bytes = memory::resident_bytes(self.vm.memory()).unwrap_or(0);
-        Counters { exits: self.vcpus.exits(), devices, guest_resident_bytes }
+        Counters { exits: self.vcpus.exits(), devices, details, guest_resident_bytes }
     }
 }

@@ -263,6 +263,7 @@ pub(crate) fn settings(steps: &[Step]) -> Settings {
         debug_console: None,
         vsock: None,
         disks: Vec::new(),
+        nets: Vec::new(),
         shares: Vec::new(),
     }
 }

@@ -1,0 +1,219 @@
+//! A sandbox's network: what a network namespace has, carried into the guest.
+//!
+//! Each interface of the namespace gets a tap beside it, and what arrives at one leaves by the other. The interface
+//! itself stays as it is, with its addresses, so any CNI plugin, and any policy on the host's side of it, works as it
+//! does without a VM. The guest gets an interface of the same name, address and size for each, with the same addresses,
+//! routes and neighbours.
+//!
+//! ```text
+//!   CNI's end ─── eth0 ──(ingress: redirect)──▶ hull0 ───▶ virtio-net of the guest
+//!                  ▲                              │
+//!                  └───────(redirect: ingress)────┘
+//! ```
+//!
+//! **Ends.** Taps go with their last descriptor, which the VMM has. The filters are removed when `Attachment` is dropped. An
+//! owner that is killed leaves the filter at the interface, and a note in its directory by which `sweep` finds it; the next
+//! sandbox that gets the namespace removes it too.
+//!
+//! **Loopback.** Connections to a loopback address of the namespace, which no filter sees, are passed on by the owner:
+//! see `forward`.
+//!
+//! **Changes.** Addresses, routes and rules that come or go later are carried over too: see `follow`. Interfaces are not.
+//!
+//! **Threads.** A namespace is entered by a thread that ends afterwards. What is done later goes through a socket that the
+//! thread leaves behind, which keeps speaking of that namespace.
+
+mod attachment;
+pub mod cni;
+mod describe;
+mod error;
+mod follow;
+mod forward;
+mod netlink;
+mod redirect;
+mod rules;
+mod sysctls;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use hull_vmm_api::config::MAX_NET_QUEUES;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkFlags, LinkMessage};
+use rustix::fs::{Mode, OFlags};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use serde::{Deserialize, Serialize};
+
+pub(crate) use self::attachment::{Attachment, TapInterface};
+use self::attachment::{remove_all, take};
+use self::cni::{Cni, CniNote, PortMapping};
+pub use self::error::NetworkError;
+use self::error::namespace_step;
+use self::netlink::Netlink;
+
+/// The loopback interface is the first of every namespace.
+const LOOPBACK_INDEX: u32 = 1;
+/// The file in a sandbox's directory that says what is to be undone.
+const NOTE: &str = "network.json";
+
+/// Where a sandbox's network comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Network {
+    /// Nowhere: the guest has a loopback interface.
+    #[default]
+    None,
+    /// Every interface of this network namespace but its loopback, given by a path such as `/run/netns/NAME`.
+    Namespace(PathBuf),
+    /// A new namespace, in which the plugins of a CNI configuration make an interface.
+    Cni {
+        /// The configuration's name.
+        name: String,
+        /// Ports of the host that lead to the sandbox.
+        ports: Vec<PortMapping>,
+    },
+}
+
+/// What `sweep` needs to know.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Note {
+    /// Of a namespace that outlives its sandbox.
+    redirected: Option<Redirected>,
+    cni: Option<CniNote>,
+}
+
+/// Interfaces that were taken.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Redirected {
+    namespace: PathBuf,
+    /// The namespace's identity: another one may come to have the same path.
+    identity: (u64, u64),
+    interfaces: Vec<u32>,
+}
+
+/// Takes the network for the sandbox `id`, whose directory is `dir`, with up to this many queues for each interface.
+pub(crate) fn attach(
+    network: &Network,
+    id: &str,
+    queues: usize,
+    dir: &Path,
+) -> Result<Option<Attachment>, NetworkError> {
+    let (queues, note) = (queues.clamp(1, MAX_NET_QUEUES), dir.join(NOTE));
+    match network {
+        Network::None => Ok(None),
+        Network::Namespace(path) => attach_namespace(path, queues, note).map(Some),
+        Network::Cni { name, ports } => attach_cni(id, name, ports, queues, note).map(Some),
+    }
+}
+
+fn attach_namespace(path: &Path, queues: usize, note: PathBuf) -> Result<Attachment, NetworkError> {
+    let namespace = open(path)?;
+    let identity = identity(&namespace).map_err(|source| NetworkError::Open { path: path.to_owned(), source })?;
+    let own = std::fs::File::open("/proc/thread-self/ns/net").and_then(|own| self::identity(&own));
+    if own.is_ok_and(|own| own == identity) {
+        return Err(NetworkError::Host(path.to_owned()));
+    }
+    take(path, &namespace, queues, note, |interfaces| {
+        let redirected = Redirected { namespace: path.to_owned(), identity, interfaces };
+        Some(Note { redirected: Some(redirected), cni: None })
+    })
+}
+
+fn attach_cni(
+    id: &str,
+    name: &str,
+    ports: &[PortMapping],
+    queues: usize,
+    note: PathBuf,
+) -> Result<Attachment, NetworkError> {
+    let mut cni = Cni::find(id, name, ports, make_namespace().map_err(NetworkError::Make)?)?;
+    let write = |cni: &Cni| write_note(&note, &Note { redirected: None, cni: Some(cni.note().clone()) });
+    // Before: what plugins do half-way is to be undone too. After: with their result they can undo more.
+    write(&cni)?;
+    cni.add()?;
+    write(&cni)?;
+    // The namespace goes with its owner, and the filters with it, so the note stays as it is.
+    let mut attachment = take(&cni.path(), cni.namespace(), queues, note, |_| None)?;
+    attachment.cni = Some(cni);
+    Ok(attachment)
+}
+
+/// Makes a network namespace that lives as long as it is open, or something is in it.
+fn make_namespace() -> io::Result<OwnedFd> {
+    let thread = std::thread::Builder::new().name("network".to_owned()).spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
+        let mut loopback = LinkMessage::default();
+        loopback.header.index = LOOPBACK_INDEX;
+        loopback.header.flags = LinkFlags::Up;
+        loopback.header.change_mask = LinkFlags::Up;
+        Netlink::open()?.call(RouteNetlinkMessage::SetLink(loopback), 0)?;
+        std::fs::File::open("/proc/thread-self/ns/net").map(OwnedFd::from)
+    });
+    thread?.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Undoes what the dead owner of the sandbox whose directory is `dir` did. Trouble is logged: the namespace is somebody
+/// else's, and most often gone.
+pub(crate) fn sweep(dir: &Path) {
+    let path = dir.join(NOTE);
+    let Ok(json) = std::fs::read(&path) else { return };
+    let Ok(note) = serde_json::from_slice::<Note>(&json) else {
+        tracing::warn!("{} is damaged; its network is left as it is", path.display());
+        return;
+    };
+    if let Some(redirected) = &note.redirected {
+        sweep_namespace(redirected);
+    }
+    if let Some(note) = &note.cni {
+        cni::sweep(note);
+    }
+}
+
+fn sweep_namespace(redirected: &Redirected) {
+    let Ok(namespace) = open(&redirected.namespace) else { return };
+    if identity(&namespace).is_ok_and(|identity| identity != redirected.identity) {
+        return;
+    }
+    let undone = inside(&redirected.namespace, &namespace, || {
+        let mut netlink = Netlink::open().map_err(namespace_step("open a netlink socket"))?;
+        remove_all(&mut netlink, &redirected.interfaces);
+        Ok(())
+    });
+    if let Err(error) = undone.flatten() {
+        tracing::warn!("left behind: {error}");
+    }
+}
+
+fn open(path: &Path) -> Result<OwnedFd, NetworkError> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|errno| NetworkError::Open { path: path.to_owned(), source: errno.into() })
+}
+
+fn identity(namespace: &impl AsFd) -> io::Result<(u64, u64)> {
+    let stat = rustix::fs::fstat(namespace)?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
+/// Does `work` on a thread in the namespace.
+fn inside<T: Send>(path: &Path, namespace: &OwnedFd, work: impl FnOnce() -> T + Send) -> Result<T, NetworkError> {
+    let enter = |source| NetworkError::Enter { path: path.to_owned(), source };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("network".to_owned()).spawn_scoped(scope, || {
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+            Ok(work())
+        });
+        let outcome = thread.map_err(enter)?.join();
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map_err(enter)
+    })
+}
+
+fn write_note(path: &Path, note: &Note) -> Result<(), NetworkError> {
+    let json = serde_json::to_vec(note).map_err(io::Error::from);
+    json.and_then(|json| std::fs::write(path, json))
+        .map_err(|source| NetworkError::Note { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests;

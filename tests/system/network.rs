@@ -1,0 +1,353 @@
+//! A network namespace's interfaces as the guest's own.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use fixture::netns::{Netns, host};
+use fixture::{Detached, Hull, Said, busybox, debian, hull, traces_of, wait_gone};
+use sha2::{Digest, Sha256};
+
+/// `hull run --rm` of a shell script in the small image, in this namespace.
+fn run(netns: &Netns, script: &str) -> Said {
+    hull(["run", "--rm", "--memory", "128", "--net", &netns.option(), &busybox(), "sh", "-c", script]).run()
+}
+
+/// A container in the small image, in this namespace, that stays.
+fn stay(netns: &Netns, script: &str) -> Detached {
+    Detached::start(["--memory", "128", "--net", &netns.option(), &busybox(), "sh", "-c", script])
+}
+
+/// Connects as soon as somebody listens there.
+fn connect(address: &str) -> TcpStream {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        match TcpStream::connect(address) {
+            Ok(stream) => return stream,
+            Err(error) => assert!(Instant::now() < deadline, "{address}: {error}"),
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn sorted(text: &str) -> Vec<String> {
+    let mut lines: Vec<String> =
+        text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    lines.sort();
+    lines
+}
+
+#[test]
+fn without_a_namespace_there_is_only_loopback() {
+    let said =
+        hull(["run", "--rm", "--memory", "128", &busybox(), "sh", "-c", "ls -d /sys/class/net/*/; ping -c1 127.0.0.1"]);
+    let said = said.run().ok();
+    assert!(said.starts_with("/sys/class/net/lo/\nPING") && said.contains("1 packets received"), "{said}");
+}
+
+#[test]
+fn the_guest_has_what_the_namespace_has() {
+    let netns = Netns::with_eth0(1400);
+    netns.ip("neigh add 10.88.0.77 lladdr 02:00:00:00:00:77 dev eth0 nud permanent");
+    netns.ip("route add 192.0.2.0/24 dev eth0 metric 7");
+    netns.ip("route add unreachable 198.51.100.0/24");
+    netns.ip("route add 203.0.113.0/24 via 10.99.0.1 dev eth0 onlink table 77");
+    netns.ip("rule add from 10.88.0.0/16 iif eth0 fwmark 0x7/0xff lookup 77 priority 500");
+    netns.ip("-6 rule add to 2001:db8::/32 unreachable priority 600");
+    let link = netns.ip("-o link show eth0");
+    let mac = link.split_whitespace().skip_while(|word| *word != "link/ether").nth(1).unwrap();
+    let said = run(
+        &netns,
+        "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu; ip -o addr show dev eth0; ip neigh show nud permanent
+         ip rule; ip -6 rule; echo ROUTES; ip route; ip route show table 77; ip -6 route show",
+    );
+    let said = said.ok();
+    let (own, routes) = said.split_once("ROUTES\n").unwrap();
+    let mut lines = own.lines();
+    let rule = "500:\tfrom 10.88.0.0/16";
+    assert_eq!((lines.next(), lines.next()), (Some(mac), Some("1400")));
+    for wanted in [
+        &format!("{}/24", netns.address()),
+        &format!("{}/64", netns.address6()),
+        "10.88.0.77",
+        "fe80::",
+        rule,
+        "2001:db8::/32",
+    ] {
+        assert!(own.contains(wanted), "{wanted} is not in {own}");
+    }
+    let mut expected = netns.ip("route") + &netns.ip("route show table 77");
+    expected = expected.replace("proto kernel ", "");
+    let v4: String = routes.lines().filter(|line| !line.contains("::")).map(|line| format!("{line}\n")).collect();
+    for route in sorted(&expected) {
+        // busybox says less of a route, so each is looked for by its beginning.
+        let start: Vec<&str> = route.split(' ').take(3).collect();
+        assert!(v4.contains(&start.join(" ")), "{route} is not in {v4}");
+    }
+    for wanted in [&format!("default via {}", netns.host_address6()), "fe80::/64"] {
+        assert!(routes.contains(wanted), "{wanted} is not in {routes}");
+    }
+    assert_eq!(netns.traces(), [""; 0]);
+}
+
+#[test]
+fn packets_pass_both_ways_and_both_families() {
+    let netns = Netns::with_eth0(1500);
+    let container = stay(&netns, "while :; do echo hello | nc -l -p 7000; done");
+    for address in [format!("{}:7000", netns.address()), format!("[{}]:7000", netns.address6())] {
+        let mut answer = String::new();
+        connect(&address).read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "hello\n", "{address}");
+    }
+    host(&format!("busybox ping -c 2 -W 20 {}", netns.address()));
+    host(&format!("busybox ping -6 -c 2 -W 20 {}", netns.address6()));
+    for address in [netns.host_address(), netns.host_address6()] {
+        // Full packets and fragments.
+        for size in ["56", "1472", "4000"] {
+            let said = container.exec(["ping", "-c", "2", "-W", "20", "-s", size, &address]).run();
+            assert!(said.text().contains("2 packets received"), "{address} {size}: {} {}", said.text(), said.stderr);
+        }
+    }
+    let said = container.exec(["sh", "-c", &format!("nc -w 10 {} 7001 </dev/null", netns.host_address())]).run();
+    assert_ne!(said.code, 0, "nobody listens on 7001");
+}
+
+#[test]
+fn jumbo_packets_pass_whole() {
+    let netns = Netns::with_eth0(9000);
+    let said = run(&netns, &format!("ping -c 2 -W 20 -s 8900 {}", netns.host_address()));
+    assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);
+}
+
+/// Bytes that follow from a seed, the same in Rust and Python: SHA-256 of a counter.
+fn block(seed: u8, number: u64) -> Vec<u8> {
+    let digest = Sha256::digest([&[seed][..], &number.to_le_bytes()].concat());
+    digest.repeat(2048)
+}
+
+/// Blocks of 64 KiB in 64 MiB.
+const BLOCKS: u64 = 1024;
+
+#[test]
+fn sixty_four_mebibytes_arrive_exactly_each_way() {
+    let netns = Netns::with_eth0(1500);
+    let listener = TcpListener::bind((netns.host_address(), 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let program = format!(
+        "
+import hashlib, socket, threading
+BLOCKS = {BLOCKS}
+def block(seed, number): return hashlib.sha256(bytes([seed]) + number.to_bytes(8, 'little')).digest() * 2048
+s = socket.create_connection(('{}', {port}))
+def send():
+    for number in range(BLOCKS): s.sendall(block(1, number))
+    s.shutdown(socket.SHUT_WR)
+sender = threading.Thread(target=send); sender.start()
+f = s.makefile('rb')
+for number in range(BLOCKS): assert f.read(65536) == block(2, number), number
+assert f.read() == b''
+sender.join()
+print('exact')
+",
+        netns.host_address()
+    );
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut writer = stream.try_clone().unwrap();
+        let sender = std::thread::spawn(move || {
+            for number in 0..BLOCKS {
+                writer.write_all(&block(2, number)).unwrap();
+            }
+            writer.shutdown(std::net::Shutdown::Write).unwrap();
+        });
+        let mut received = vec![0; 65536];
+        for number in 0..BLOCKS {
+            stream.read_exact(&mut received).unwrap();
+            assert!(received == block(1, number), "block {number} differs");
+        }
+        assert_eq!(stream.read(&mut received).unwrap(), 0);
+        sender.join().unwrap();
+    });
+    let option = netns.option();
+    let said = Hull::new([
+        "run",
+        "--rm",
+        "--memory",
+        "256",
+        "--cpus",
+        "2",
+        "--net",
+        &option,
+        &debian(),
+        "python3",
+        "-c",
+        &program,
+    ]);
+    assert_eq!(said.run().ok(), "exact");
+    server.join().unwrap();
+}
+
+#[test]
+fn a_listener_on_the_guests_loopback_is_reached_from_the_namespace() {
+    let netns = Netns::with_eth0(1500);
+    let program = "
+import socket
+server = socket.create_server(('127.0.0.1', 7000))
+while True:
+    client, _ = server.accept()
+    client.sendall(b'hello')
+    client.close()
+";
+    let option = netns.option();
+    let container = Detached::start(["--memory", "256", "--net", &option, &debian(), "python3", "-c", program]);
+    let ask = |address: &str, port: &str| {
+        let program = format!(
+            "import socket; s = socket.create_connection(('{address}', {port}), 60); s.shutdown(1); print(s.recv(9))"
+        );
+        let output = Command::new("ip").args(["netns", "exec", &netns.name, "python3", "-c", &program]).output();
+        let output = output.unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+    };
+    // The listener may be a moment late.
+    let patiently = |address: &str| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let said = ask(address, "7000");
+            if said.contains("hello") {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{address}: {said}");
+        }
+    };
+    patiently("127.0.0.1");
+    patiently("::1");
+    let refused = ask("127.0.0.1", "7001");
+    assert!(refused.contains("ConnectionResetError") || refused.contains("b''"), "{refused}");
+    hull(["rm", "-f", &container.id]).run().ok();
+    assert!(ask("127.0.0.1", "7000").contains("ConnectionRefusedError"));
+}
+
+#[test]
+fn several_interfaces_keep_their_names() {
+    let netns = Netns::with_eth0(1500);
+    // A name that sorts and counts otherwise than the order of the interfaces.
+    netns.add_veth("a1", 1300);
+    netns.add_veth("eth2", 1200);
+    netns.ip("addr add 172.31.7.2/30 dev a1");
+    host(&format!("ip addr add 172.31.7.1/30 dev {}", netns.host_end("a1")));
+    let said = run(
+        &netns,
+        "for i in a1 eth0 eth2 lo; do echo $i $(cat /sys/class/net/$i/mtu); done; ls -d /sys/class/net/*/ | wc -l
+         ping -c 2 -W 20 172.31.7.1",
+    );
+    let said = said.ok();
+    assert!(said.starts_with("a1 1300\neth0 1500\neth2 1200\nlo 65536\n4\n"), "{said}");
+    assert!(said.contains("2 packets received"), "{said}");
+    assert_eq!(netns.traces(), [""; 0]);
+}
+
+#[test]
+fn a_namespace_without_ipv6_is_one_in_the_guest_too() {
+    let netns = Netns::empty();
+    host(&format!("ip netns exec {} sh -c echo>/dev/null", netns.name));
+    let off = Command::new("ip")
+        .args(["netns", "exec", &netns.name, "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1"])
+        .status()
+        .unwrap();
+    assert!(off.success());
+    netns.add_veth("eth0", 1500);
+    netns.ip("addr add 172.31.8.2/30 dev eth0");
+    host(&format!("ip addr add 172.31.8.1/30 dev {}", netns.host_end("eth0")));
+    let said = run(&netns, "ip -6 addr | wc -l; ping -c 2 -W 20 172.31.8.1").ok();
+    assert!(said.starts_with("0\n") && said.contains("2 packets received"), "{said}");
+}
+
+#[test]
+fn a_gateway_beyond_every_route_is_taken_over() {
+    // As Calico does it.
+    let netns = Netns::empty();
+    netns.add_veth("eth0", 1500);
+    netns.ip("addr add 172.31.9.2/32 dev eth0");
+    netns.ip("route add 169.254.1.1 dev eth0 scope link");
+    netns.ip("route add default via 169.254.1.1 dev eth0");
+    host(&format!("ip addr add 169.254.1.1/32 dev {}", netns.host_end("eth0")));
+    host(&format!("ip route add 172.31.9.2/32 dev {}", netns.host_end("eth0")));
+    let said = run(&netns, "ip route; ping -c 2 -W 20 169.254.1.1").ok();
+    assert!(said.contains("default via 169.254.1.1 dev eth0") && said.contains("2 packets received"), "{said}");
+}
+
+#[test]
+fn changes_of_the_namespace_reach_the_guest() {
+    let netns = Netns::with_eth0(1500);
+    let container = stay(&netns, "sleep 1000");
+    let look = || container.exec(["sh", "-c", "ip addr; ip route; ip -6 route; ip rule"]).run().ok();
+    let wait = |holds: &dyn Fn(&str) -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let said = look();
+            if holds(&said) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{said}");
+        }
+    };
+    netns.ip("addr add 192.0.2.7/32 dev eth0");
+    netns.ip("addr add 2001:db8::7/128 dev eth0 nodad");
+    netns.ip("route add 198.51.100.0/24 via 10.88.99.1 dev eth0 onlink src 192.0.2.7");
+    netns.ip("rule add from 192.0.2.7 lookup 77 priority 700");
+    let all = ["192.0.2.7/32", "2001:db8::7/128", "198.51.100.0/24 via 10.88.99.1", "700:"];
+    wait(&|said| all.iter().all(|wanted| said.contains(wanted)));
+    netns.ip("rule del priority 700");
+    netns.ip("addr del 192.0.2.7/32 dev eth0");
+    netns.ip("addr del 2001:db8::7/128 dev eth0");
+    wait(&|said| !all.iter().any(|gone| said.contains(gone)));
+    // What was there from the start still is.
+    let said = container.exec(["ping", "-c", "2", "-W", "20", &netns.host_address()]).run();
+    assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);
+}
+
+#[test]
+fn a_namespace_serves_one_sandbox_after_another() {
+    let netns = Netns::with_eth0(1500);
+    let first = stay(&netns, "sleep 1000");
+    let second = run(&netns, "true");
+    second.failed(&["interface eth0", "another sandbox"]);
+    assert_ne!(netns.traces(), [""; 0]);
+    hull(["rm", "-f", &first.id]).run().ok();
+    assert_eq!(netns.traces(), [""; 0]);
+    assert!(run(&netns, &format!("ping -c 2 -W 20 {}", netns.host_address())).ok().contains("2 packets received"));
+}
+
+#[test]
+fn the_death_of_the_owner_frees_the_namespace() {
+    let netns = Netns::with_eth0(1500);
+    let container = stay(&netns, "sleep 1000");
+    let id = |value: &serde_json::Value| i32::try_from(value.as_i64().unwrap()).unwrap();
+    let record = container.inspect();
+    let (owner, vmm) = (id(&record["owner_pid"]), id(&record["vmm_pid"]));
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(owner), nix::sys::signal::Signal::SIGKILL).unwrap();
+    wait_gone(owner);
+    wait_gone(vmm);
+    // Whoever looks next sweeps.
+    hull(["ps", "-a"]).run().ok();
+    assert_eq!(netns.traces(), [""; 0]);
+    assert!(traces_of(&container.id).is_empty());
+    assert!(run(&netns, &format!("ping -c 2 -W 20 {}", netns.host_address())).ok().contains("2 packets received"));
+}
+
+#[test]
+fn a_namespace_that_cannot_be_taken_is_named() {
+    let refused = |option: &str, words: &[&str]| {
+        hull(["run", "--rm", "--net", option, &busybox(), "true"]).run().failed(words);
+    };
+    refused("netns:/run/netns/no-such", &["cannot open the network namespace /run/netns/no-such", "removed"]);
+    refused("netns:/dev/null", &["cannot enter /dev/null", "network namespace"]);
+    refused("netns:/proc/1/ns/net", &["host's own network"]);
+    refused("bridge", &["bridge is no network", "netns:PATH"]);
+    let netns = Netns::with_eth0(1500);
+    netns.ip("tuntap add dev tun0 mode tun");
+    netns.ip("link set tun0 up");
+    refused(&netns.option(), &["interface tun0", "not an Ethernet interface"]);
+    assert_eq!(netns.traces(), [""; 0]);
+}

@@ -27,6 +27,7 @@ mod console;
 pub mod container;
 pub mod control;
 pub mod host;
+pub mod mount;
 pub mod registry;
 pub mod sandbox;
 pub mod share;

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use containerd_shim_protos::api::DeleteResponse;
 use hull_sandbox::host::Host;
 use protobuf::{Message, MessageField};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mount::UnmountFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -13,6 +14,9 @@ use crate::events::timestamp;
 use crate::flags::Flags;
 use crate::process::Exit;
 use crate::{Trouble, bootstrap, launch, vm};
+
+/// How long a shim may take to end by itself, of the 5 s that containerd gives for all of this.
+const EXIT_GRACE_SECONDS: i64 = 2;
 
 /// Clears up after a container's shim and returns what is to be printed.
 pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>, Trouble> {
@@ -47,8 +51,12 @@ pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>, Trouble> {
 fn end_shim(number: &str, id: &str) -> Result<(), Trouble> {
     let Some(pid) = number.trim().parse().ok().and_then(Pid::from_raw) else { return Ok(()) };
     let Ok(fd) = pidfd_open(pid, PidfdFlags::empty()) else { return Ok(()) };
-    if is_shim_of(pid, id) {
-        tracing::info!("killing the shim {}", pid.as_raw_nonzero());
+    if !is_shim_of(pid, id) {
+        return Ok(());
+    }
+    // An orderly end is on its way where containerd has just deleted the last container: events still go out.
+    let limit = Timespec { tv_sec: EXIT_GRACE_SECONDS, tv_nsec: 0 };
+    if poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&limit))? == 0 {
         pidfd_send_signal(&fd, Signal::KILL)?;
     }
     Ok(())

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use hull_sandbox::host::Host;
 use hull_sandbox::share::enter_mount_namespace;
@@ -16,6 +17,7 @@ use crate::Trouble;
 use crate::events::Publisher;
 use crate::flags::Flags;
 use crate::pod::Pod;
+use crate::sandbox::SandboxService;
 use crate::task::TaskService;
 
 /// How long answers that are on their way may take at the end.
@@ -62,9 +64,9 @@ async fn serve(flags: &Flags, host: Host, listener: UnixListener) -> Result<(), 
     Ok(())
 }
 
-/// Both versions of the task service, which differ in nothing but their names.
+/// The sandbox service, and both versions of the task service, which differ in nothing but their names.
 fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {
-    let mut services = HashMap::new();
+    let mut services = create_sandbox(Arc::new(SandboxService(pod.clone())));
     for name in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {
         let task = create_task(Arc::new(TaskService(pod.clone())));
         services.extend(task.into_values().map(|service| (name.to_owned(), service)));

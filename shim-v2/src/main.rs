@@ -7,7 +7,7 @@
 //! ```
 //!
 //! The daemon is one thread. All it knows of sandboxes is `hull_sandbox`, and what it adds is containerd's language:
-//! requests ([`task`]), events ([`events`]), streams ([`streams`]), specifications ([`spec`]) and errors ([`error`]).
+//! requests ([`task`], [`sandbox`]), events ([`events`]), streams ([`streams`]), specifications ([`spec`]) and errors ([`error`]).
 #![forbid(unsafe_code)]
 
 mod annotations;
@@ -20,11 +20,17 @@ mod flags;
 mod launch;
 mod pod;
 mod process;
+mod sandbox;
 mod spec;
 mod stats;
 mod streams;
 mod task;
 mod vm;
+
+#[allow(missing_docs, clippy::all, clippy::pedantic, unused, unreachable_pub, rustdoc::all)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/generated.rs"));
+}
 
 use std::io::Write;
 use std::process::ExitCode;

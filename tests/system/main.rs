@@ -1,6 +1,7 @@
 //! Whole-system tests, one file per feature. `tests/run` runs them, here or in the lab.
 
 mod bad_input;
+mod containerd;
 mod containers;
 mod exec;
 mod isolation;

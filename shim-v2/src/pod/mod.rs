@@ -6,6 +6,7 @@
 mod create;
 mod delete;
 mod operate;
+mod sandbox;
 mod start;
 
 use std::collections::HashMap;
@@ -20,6 +21,8 @@ use hull_sandbox::host::Host;
 use tokio::sync::watch;
 
 pub(crate) use self::create::Create;
+pub(crate) use self::sandbox::CreateSandbox;
+use self::sandbox::Sandbox;
 
 use crate::error::{Error, Result};
 use crate::events::Publisher;
@@ -45,6 +48,8 @@ pub(crate) struct Pod {
 struct State {
     vm: Option<Vm>,
     containers: HashMap<String, Container>,
+    /// Where the pod came by the sandbox service rather than as a container of its own.
+    sandbox: Option<Sandbox>,
     /// The pod's network namespace on the host.
     network_namespace: Option<PathBuf>,
 }
@@ -154,6 +159,6 @@ impl State {
 
     /// Whether somebody still relies on the shim.
     fn is_in_use(&self) -> bool {
-        !self.containers.is_empty()
+        !self.containers.is_empty() || self.sandbox.is_some()
     }
 }

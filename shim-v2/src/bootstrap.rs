@@ -121,16 +121,11 @@ impl Start {
 }
 
 /// The path of a pod's socket, as containerd's own shim names it.
-pub(crate) fn socket_path(dir: &str, grpc_address: &str, namespace: &str, group: &str) -> String {
+fn socket_path(dir: &str, grpc_address: &str, namespace: &str, group: &str) -> String {
     let place = std::path::Path::new(grpc_address).join(namespace).join(group);
     let digest = Sha256::digest(place.as_os_str().as_encoded_bytes());
     let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
     format!("{}/{hex}", dir.trim_end_matches('/'))
-}
-
-/// The directory of sockets where nothing else is said.
-pub(crate) fn default_socket_dir() -> &'static str {
-    SOCKET_DIR
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use crate::events::timestamp;
 use crate::flags::Flags;
 use crate::process::Exit;
-use crate::{Trouble, bootstrap, launch, vm};
+use crate::{Trouble, launch, vm};
 
 /// How long a shim may take to end by itself, of the 5 s that containerd gives for all of this.
 const EXIT_GRACE_SECONDS: i64 = 2;
@@ -26,14 +26,10 @@ pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>, Trouble> {
         end_shim(&number, &flags.id)?;
         let host = Host::discover()?;
         vm::wait_for_owner(&host, &vm::sandbox_name(&flags.namespace, &flags.id))?;
-        let address = if flags.address.is_empty() {
-            std::env::var("GRPC_ADDRESS").unwrap_or_default()
-        } else {
-            flags.address.clone()
-        };
-        let socket = bootstrap::socket_path(bootstrap::default_socket_dir(), &address, &flags.namespace, &flags.id);
-        // Gone already, as after an orderly end.
-        let _ = std::fs::remove_file(socket);
+        if let Ok(socket) = std::fs::read_to_string(bundle.join(launch::SOCKET_FILE)) {
+            // Gone already, as after an orderly end.
+            let _ = std::fs::remove_file(socket);
+        }
         vm::sweep(&host)?;
     }
     // Hull mounts in namespaces of its own; this is for what others may have mounted for it.

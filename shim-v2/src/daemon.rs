@@ -13,12 +13,12 @@ use hull_sandbox::share::enter_mount_namespace;
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, Service};
 
-use crate::Trouble;
 use crate::events::Publisher;
 use crate::flags::Flags;
 use crate::pod::Pod;
 use crate::sandbox::SandboxService;
 use crate::task::TaskService;
+use crate::{Trouble, launch};
 
 /// How long answers that are on their way may take at the end.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -45,7 +45,7 @@ pub(crate) fn run(flags: &Flags) -> Result<(), Trouble> {
     if let Err(error) = &outcome {
         tracing::error!("{error}");
     }
-    if let Ok(socket) = std::env::var("HULL_SHIM_SOCKET") {
+    if let Ok(socket) = std::fs::read_to_string(launch::SOCKET_FILE) {
         // Gone already where somebody was quicker.
         let _ = std::fs::remove_file(socket);
     }

@@ -19,6 +19,8 @@ use crate::{Trouble, spec};
 
 /// Named in the bundle of the container that the shim was started for, so that `delete` can tell it from others.
 pub(crate) const PID_FILE: &str = "shim.pid";
+/// Beside it, the path of the socket.
+pub(crate) const SOCKET_FILE: &str = "shim.socket";
 /// The kernel's highest OOM score adjustment.
 const MAX_OOM_SCORE: i32 = 1000;
 
@@ -41,6 +43,7 @@ pub(crate) fn start(flags: &Flags) -> Result<Vec<u8>, Trouble> {
     }
     let socket = start.socket_path(&flags.namespace, &flags.id);
     let listener = listen(&socket)?;
+    std::fs::write(bundle.join(SOCKET_FILE), &socket)?;
     match spawn(flags, &start, &bundle, listener) {
         Ok(()) => Ok(start.answer(&socket)),
         Err(error) => {
@@ -78,7 +81,6 @@ fn spawn(flags: &Flags, start: &Start, bundle: &Path, listener: UnixListener) ->
         .args(["-pod", &flags.id])
         .current_dir(bundle)
         .env("TTRPC_ADDRESS", &start.ttrpc_address)
-        .env("HULL_SHIM_SOCKET", start.socket_path(&flags.namespace, &flags.id))
         // One thread needs one arena.
         .env("MALLOC_ARENA_MAX", "1")
         .stdin(Stdio::from(OwnedFd::from(listener)))

@@ -7,6 +7,7 @@ mod exec;
 mod isolation;
 mod lifecycle;
 mod output;
+mod sandbox_service;
 mod streams;
 mod tty;
 mod volumes;

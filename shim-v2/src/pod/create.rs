@@ -15,7 +15,7 @@ use protobuf::MessageField;
 use super::{Container, Pod};
 use crate::annotations::{self, Limits, Role};
 use crate::error::{Error, Result};
-use crate::process::{Body, Exit, Phase, Process};
+use crate::process::{Body, Exit, Process};
 use crate::spec;
 use crate::streams::{Ends, Pumps, Stdio};
 use crate::vm::{Vm, sandbox_name};
@@ -46,7 +46,7 @@ impl Pod {
         if self.lock().containers.contains_key(&request.id) {
             return Err(Error::Exists(format!("there is a container {} already", request.id)));
         }
-        let ends = request.stdio.open()?;
+        let ends = request.stdio.open(&self.namespace, &request.id).await?;
         let process = match &role {
             Role::Single | Role::Sandbox => self.create_first(&request, spec, role == Role::Sandbox, ends).await?,
             Role::Member(sandbox) if *sandbox == self.id => self.create_member(&request, spec, ends).await?,
@@ -94,6 +94,9 @@ impl Pod {
         let limits = if is_sandbox { Limits::of_sandbox(&notes)? } else { own_limits(&spec) };
         let size = annotations::size(&notes, limits)?;
         let network_namespace = spec::network_namespace(&spec);
+        if let Some(path) = network_namespace.as_ref().filter(|path| !path.exists()) {
+            return Err(Error::Invalid(format!("the network namespace {} does not exist", path.display())));
+        }
         let hostname = spec.hostname().clone().unwrap_or_default();
         let mut hostname = if hostname.is_empty() { self.id.clone() } else { hostname };
         hostname.truncate(hostname.floor_char_boundary(MAX_HOSTNAME_BYTES));
@@ -178,10 +181,9 @@ async fn launch(vm: &Vm, request: &Create, spec: &Spec, ends: Ends) -> Result<Ar
         Ok(created) => created,
         Err(error) => return Err(vm.explain(error).await),
     };
-    let process = Process::new(&request.id, "", request.stdio.clone(), Body::Nothing);
     let pumps = Pumps::start(connections, ends, request.stdio.terminal).map_err(Error::host("cannot carry streams"))?;
+    let process = Process::new(&request.id, "", request.stdio.clone(), Body::Nothing);
     process.set_guest(guest, pumps);
-    process.set_phase(Phase::Created);
     Ok(Arc::new(process))
 }
 

@@ -3,6 +3,8 @@
 //! Each direction is a task that reads only what it can pass on: the slowest of program, guest, VMM and reader holds up
 //! the rest, and at most one buffer is kept in between, only while bytes are on their way.
 
+mod binary;
+
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
@@ -43,20 +45,27 @@ impl Stdio {
         }
     }
 
-    /// Opens all of them, so that one that is missing is found before a process exists.
+    /// Opens all of them, so that one that is missing is found before a process exists. A program that takes the output is
+    /// told the container's namespace and identifier.
     ///
     /// # Errors
     ///
     /// Names the stream that cannot be opened.
-    pub(crate) fn open(&self) -> Result<Ends> {
+    pub(crate) async fn open(&self, namespace: &str, id: &str) -> Result<Ends> {
+        let failed = |target: &str| Error::host(format!("cannot open the stream {target}"));
         let stdin = match self.stdin.as_str() {
             "" => None,
             path => Some(
                 pipe::OpenOptions::new()
                     .open_receiver(path.strip_prefix("fifo://").unwrap_or(path))
-                    .map_err(Error::host(format!("cannot open the stream {path}")))?,
+                    .map_err(failed(path))?,
             ),
         };
+        if let Some(uri) = self.stdout.strip_prefix("binary://") {
+            // One program for both, whatever is said of standard error.
+            let (stdout, stderr) = binary::start(uri, namespace, id).await.map_err(failed(&self.stdout))?;
+            return Ok(Ends { stdin, stdout: Sink::Fifo(stdout), stderr: Sink::Fifo(stderr) });
+        }
         Ok(Ends { stdin, stdout: Sink::open(&self.stdout)?, stderr: Sink::open(&self.stderr)? })
     }
 }
@@ -86,7 +95,7 @@ impl Sink {
             Some(("file", path)) => File::options().append(true).create(true).open(path).map(Self::File),
             Some((scheme, _)) => {
                 return Err(Error::Unsupported(format!(
-                    "streams to {scheme}:// are not supported; use a FIFO or file://"
+                    "streams to {scheme}:// are not supported; use a FIFO, file:// or binary://"
                 )));
             }
         };
@@ -280,7 +289,7 @@ mod tests {
     #[tokio::test]
     async fn bytes_arrive_whole_and_the_end_of_input_is_passed_on() {
         let fifos = Fifos::new();
-        let ends = fifos.stdio().open().unwrap();
+        let ends = fifos.stdio().open("n", "c").await.unwrap();
         let sent: Vec<u8> = (0..3_000_000_u32).map(|number| (number % 251) as u8).collect();
         let writer = std::thread::spawn({
             let (path, sent) = (fifos.path("in"), sent.clone());
@@ -302,7 +311,7 @@ mod tests {
     #[tokio::test]
     async fn closing_the_input_passes_on_what_was_written_before() {
         let fifos = Fifos::new();
-        let ends = fifos.stdio().open().unwrap();
+        let ends = fifos.stdio().open("n", "c").await.unwrap();
         // The writer stays open: only the request says that there is no more.
         let mut writer = File::options().write(true).open(fifos.path("in")).unwrap();
         let mut out = File::open(fifos.path("out")).unwrap();
@@ -318,9 +327,9 @@ mod tests {
     #[tokio::test]
     async fn a_missing_fifo_is_named_and_an_unknown_scheme_refused() {
         let missing = Stdio { stdout: "/no/such/fifo".into(), ..Stdio::default() };
-        assert!(missing.open().unwrap_err().to_string().contains("/no/such/fifo"));
+        assert!(missing.open("n", "c").await.unwrap_err().to_string().contains("/no/such/fifo"));
         let unknown = Stdio { stdout: "carrier://pigeon".into(), ..Stdio::default() };
-        assert!(matches!(unknown.open(), Err(Error::Unsupported(_))));
+        assert!(matches!(unknown.open("n", "c").await, Err(Error::Unsupported(_))));
     }
 
     #[tokio::test]
@@ -330,7 +339,7 @@ mod tests {
         let stdio = Stdio { stdout: format!("file://{}", path.display()), ..Stdio::default() };
         let (stdout, mut process) = StdStream::pair().unwrap();
         let connections = Connections { stdin: None, stdout: Some(stdout), stderr: None };
-        let pumps = Pumps::start(connections, stdio.open().unwrap(), false).unwrap();
+        let pumps = Pumps::start(connections, stdio.open("n", "c").await.unwrap(), false).unwrap();
         process.write_all(b"hello").unwrap();
         drop(process);
         pumps.finish().await;

@@ -22,6 +22,7 @@
 
 pub mod agent;
 pub mod bare;
+pub mod cgroup;
 pub mod config;
 mod console;
 pub mod container;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use containerd_shim_protos::api::DeleteResponse;
+use hull_sandbox::cgroup::Cgroup;
 use hull_sandbox::host::Host;
 use protobuf::{Message, MessageField};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -13,7 +14,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use crate::events::timestamp;
 use crate::flags::Flags;
 use crate::process::Exit;
-use crate::{Trouble, launch, vm};
+use crate::{Trouble, launch, spec, vm};
 
 /// How long a shim may take to end by itself, of the 5 s that containerd gives for all of this.
 const EXIT_GRACE_SECONDS: i64 = 2;
@@ -31,6 +32,10 @@ pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>, Trouble> {
             let _ = std::fs::remove_file(socket);
         }
         vm::sweep(&host)?;
+        let cgroup = spec::read(&bundle).ok().and_then(|spec| spec::cgroup(&spec));
+        if let Some(Ok(cgroup)) = cgroup.map(|path| Cgroup::at(&path)) {
+            cgroup.remove();
+        }
     }
     // Hull mounts in namespaces of its own; this is for what others may have mounted for it.
     let _ = rustix::mount::unmount(bundle.join("rootfs"), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);

@@ -1,6 +1,7 @@
 //! What can go wrong, and the one place where it becomes a code on the wire.
 
 use hull_sandbox::agent::AgentError;
+use hull_sandbox::cgroup::CgroupError;
 use hull_sandbox::registry::RegistryError;
 use hull_sandbox::sandbox::SandboxError;
 use hull_sandbox::share::ShareError;
@@ -41,6 +42,9 @@ pub(crate) enum Error {
     /// The guest.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// The pod's cgroup on the host.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// The tree that the guest sees.
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -67,6 +71,12 @@ impl Error {
             Self::Host { source, .. } => of_io(source),
             Self::Sandbox(error) => of_sandbox(error),
             Self::Agent(error) => of_agent(error),
+            Self::Cgroup(CgroupError::Version) => Code::FAILED_PRECONDITION,
+            Self::Cgroup(CgroupError::Path(_)) => Code::INVALID_ARGUMENT,
+            Self::Cgroup(CgroupError::Use { source, .. }) => match of_io(source) {
+                Code::NOT_FOUND => Code::FAILED_PRECONDITION,
+                code => code,
+            },
             Self::Share(error) => of_share(error),
         }
     }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO, TaskOOM};
 use containerd_shim_protos::topics;
 use containerd_shim_protos::types::mount::Mount;
 use hull_sandbox::container::Process as GuestProcess;
@@ -100,10 +100,15 @@ impl Pod {
         let hostname = spec.hostname().clone().unwrap_or_default();
         let mut hostname = if hostname.is_empty() { self.id.clone() } else { hostname };
         hostname.truncate(hostname.floor_char_boundary(MAX_HOSTNAME_BYTES));
+        self.join_cgroup(spec::cgroup(&spec).as_deref())?;
         let plan = Plan::new(request);
         let prepare = |share: &Share| if is_sandbox { Ok(None) } else { plan.prepare(share, spec).map(Some) };
         let name = sandbox_name(&self.namespace, &self.id);
-        let (vm, guest_spec) = Vm::boot(self.host.clone(), &name, &hostname, size, prepare).await?;
+        let booted = Vm::boot(self.host.clone(), &name, &hostname, size, prepare).await;
+        if booted.is_err() {
+            self.stop_vm().await;
+        }
+        let (vm, guest_spec) = booted?;
         let process = match guest_spec {
             None => Ok(Arc::new(Process::new(&request.id, "", request.stdio.clone(), Body::Nothing))),
             Some(guest_spec) => launch(&vm, request, &guest_spec, ends).await,
@@ -115,6 +120,7 @@ impl Pod {
             }
             Err(error) => {
                 vm.stop().await;
+                self.stop_vm().await;
                 Err(error)
             }
         }
@@ -159,6 +165,11 @@ impl Pod {
                     Ok(status) => Exit::of_guest(&status),
                     Err(error) => {
                         let error = vm.explain(error).await;
+                        if pod.vmm_ran_out_of_memory() {
+                            let container_id = process.container_id.clone();
+                            let event = TaskOOM { container_id, ..Default::default() };
+                            pod.publisher.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
+                        }
                         tracing::warn!("{} is taken for killed: {error}", process.name());
                         Exit::killed()
                     }

@@ -17,6 +17,7 @@ use std::time::Duration;
 use containerd_shim_protos::events::task::TaskOOM;
 use containerd_shim_protos::topics;
 use hull_protocol::agent::event::What;
+use hull_sandbox::cgroup::Cgroup;
 use hull_sandbox::host::Host;
 use tokio::sync::watch;
 
@@ -50,6 +51,8 @@ struct State {
     containers: HashMap<String, Container>,
     /// Where the pod came by the sandbox service rather than as a container of its own.
     sandbox: Option<Sandbox>,
+    /// What the pod is accounted to on the host.
+    cgroup: Option<Cgroup>,
     /// The pod's network namespace on the host.
     network_namespace: Option<PathBuf>,
 }
@@ -101,6 +104,10 @@ impl Pod {
         if let Some(vm) = vm {
             vm.stop().await;
         }
+        let cgroup = self.lock().cgroup.take();
+        if let Some(cgroup) = cgroup {
+            cgroup.leave();
+        }
     }
 
     /// The process that stands on the host for those of the pod; 0 without a VM.
@@ -145,6 +152,20 @@ impl Pod {
                 }
             }
         }
+    }
+
+    /// Puts the shim, and with it the VMM that it will start, where the pod is accounted to.
+    fn join_cgroup(&self, path: Option<&str>) -> Result<()> {
+        let Some(path) = path.filter(|path| !path.is_empty()) else { return Ok(()) };
+        let cgroup = Cgroup::at(path)?;
+        cgroup.join()?;
+        self.lock().cgroup = Some(cgroup);
+        Ok(())
+    }
+
+    /// Whether the host has killed the VMM for want of memory.
+    fn vmm_ran_out_of_memory(&self) -> bool {
+        self.lock().cgroup.as_ref().is_some_and(Cgroup::has_oom_killed)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -55,6 +55,12 @@ pub(crate) fn network_namespace(spec: &Spec) -> Option<PathBuf> {
     namespace(spec, LinuxNamespaceType::Network).and_then(|namespace| namespace.path().clone())
 }
 
+/// What the pod is accounted to on the host.
+pub(crate) fn cgroup(spec: &Spec) -> Option<String> {
+    let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
+    path.and_then(|path| path.to_str()).map(str::to_owned)
+}
+
 fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<&LinuxNamespace> {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     namespaces.into_iter().flatten().find(|namespace| namespace.typ() == kind)

@@ -8,6 +8,7 @@
 //! The phase is a watched value, so any number of requests can wait for the end. Whoever changes the phase and tells of it
 //! holds `telling` over both, so that no end is told before the start.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -74,6 +75,8 @@ pub(crate) struct Process {
     body: Mutex<Body>,
     pumps: Mutex<Option<Pumps>>,
     pub(crate) telling: tokio::sync::Mutex<()>,
+    /// Whether it has been told that its container ran out of memory.
+    pub(crate) told_oom: AtomicBool,
 }
 
 impl Process {
@@ -86,6 +89,7 @@ impl Process {
             body: Mutex::new(body),
             pumps: Mutex::default(),
             telling: tokio::sync::Mutex::default(),
+            told_oom: AtomicBool::default(),
         }
     }
 

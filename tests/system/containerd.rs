@@ -177,6 +177,20 @@ fn events_come_in_order() {
 }
 
 #[test]
+fn oom_is_told_and_counted() {
+    let mut events = spawn_ctr(["events"]);
+    let mut lines = BufReader::new(events.stdout.take().unwrap()).lines();
+    let script = "dd if=/dev/zero of=/dev/shm/filled bs=1M count=60; sleep 1000";
+    let _task = Task::start("hungry", ["--memory-limit", "33554432"], script);
+    assert!(lines.any(|line| line.is_ok_and(|line| line.contains("/tasks/oom") && line.contains("\"hungry\""))));
+    events.kill().unwrap();
+    events.wait().unwrap();
+    let metrics = ctr(["task", "metrics", "--format", "json", "hungry"]).ok();
+    let metrics: serde_json::Value = serde_json::from_str(&metrics).unwrap();
+    assert!(metrics["memory_events"]["oom_kill"].as_u64().unwrap() > 0, "{metrics}");
+}
+
+#[test]
 fn delete_leaves_nothing() {
     let task = Task::start("deleted", [], "sleep 1000");
     task.remove();

@@ -15,6 +15,8 @@ use containerd_shim_protos::sandbox_api::{
 use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use containerd_shim_protos::ttrpc::context::{Context, with_duration};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 
 /// A shim that was started as containerd 2.3 starts one, without containerd.
@@ -64,6 +66,7 @@ impl Shim {
         let root = bundle.join("rootfs");
         std::fs::create_dir_all(root.join("bin")).unwrap();
         std::fs::create_dir_all(root.join("proc")).unwrap();
+        std::fs::create_dir_all(root.join("dev")).unwrap();
         std::fs::copy("/bin/busybox", root.join("bin/sh")).unwrap();
         let spec = json!({
             "ociVersion": "1.1.0",
@@ -72,11 +75,24 @@ impl Shim {
             "annotations": {
                 "io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": self.id,
             },
-            "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+            "mounts": [
+                { "destination": "/proc", "type": "proc", "source": "proc" },
+                { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"] },
+            ],
             "linux": { "namespaces": [{ "type": "mount" }, { "type": "pid" }] },
         });
         std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         bundle
+    }
+}
+
+impl Drop for Shim {
+    fn drop(&mut self) {
+        // Of use where a test failed; otherwise it has gone.
+        let pid = std::fs::read_to_string(self.dir.path().join("shim.pid")).ok().and_then(|pid| pid.parse().ok());
+        if let Some(pid) = pid {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
     }
 }
 

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use containerd_shim_protos::events::task::{TaskCreate, TaskIO, TaskOOM};
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::topics;
 use containerd_shim_protos::types::mount::Mount;
 use hull_sandbox::container::Process as GuestProcess;
@@ -162,13 +163,18 @@ impl Pod {
             let Ok(vm) = pod.vm() else { return };
             let exit = match process.guest() {
                 Ok(guest) => match guest.wait().await {
-                    Ok(status) => Exit::of_guest(&status),
+                    Ok(status) => {
+                        // The guest's event may still be on its way, and the reason comes before the end.
+                        let is_first = process.exec_id.is_empty();
+                        if is_first && status.oom_killed && !process.told_oom.load(Ordering::Relaxed) {
+                            pod.tell_oom(&process);
+                        }
+                        Exit::of_guest(&status)
+                    }
                     Err(error) => {
                         let error = vm.explain(error).await;
                         if pod.vmm_ran_out_of_memory() {
-                            let container_id = process.container_id.clone();
-                            let event = TaskOOM { container_id, ..Default::default() };
-                            pod.publisher.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
+                            pod.tell_oom(&process);
                         }
                         tracing::warn!("{} is taken for killed: {error}", process.name());
                         Exit::killed()

@@ -9,8 +9,9 @@ mod operate;
 mod sandbox;
 mod start;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -32,6 +33,9 @@ use crate::vm::Vm;
 
 /// How long containerd may take to accept the last events.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The guest's events are asked for at most this often.
+const EVENT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A pod, from the shim's start to its end.
 #[derive(Debug)]
@@ -139,19 +143,33 @@ impl Pod {
     async fn follow_events(self: Arc<Self>, vm: Vm) {
         let mut seen = 0;
         while let Ok(response) = vm.agent().next_events(seen).await {
+            let mut short_of_memory = BTreeSet::new();
             for event in response.events {
                 if event.number <= seen {
-                    // A guest that tells the same again is not to make the host spin for it.
+                    tracing::warn!("the guest tells the same again, and is not listened to any more");
                     return;
                 }
                 seen = event.number;
-                let known = self.lock().containers.contains_key(&event.container_id);
-                if known && matches!(event.what, Some(What::Oom(_))) {
-                    let event = TaskOOM { container_id: event.container_id, ..Default::default() };
-                    self.publisher.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
+                if matches!(event.what, Some(What::Oom(_))) {
+                    short_of_memory.insert(event.container_id);
                 }
             }
+            for container_id in short_of_memory {
+                // Not a name that the guest made up.
+                if let Ok(process) = self.process(&container_id, "") {
+                    self.tell_oom(&process);
+                }
+            }
+            // A guest that tells without end is not to keep the host busy.
+            tokio::time::sleep(EVENT_INTERVAL).await;
         }
+    }
+
+    /// Tells that a container ran out of memory.
+    fn tell_oom(&self, process: &Process) {
+        process.told_oom.store(true, Ordering::Relaxed);
+        let event = TaskOOM { container_id: process.container_id.clone(), ..Default::default() };
+        self.publisher.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
     }
 
     /// Puts the shim, and with it the VMM that it will start, where the pod is accounted to.

@@ -36,6 +36,8 @@ pub(crate) struct CreateSandbox {
 pub(super) struct Sandbox {
     size: Size,
     hostname: String,
+    /// As an OCI specification has it.
+    cgroup: Option<String>,
     network_namespace: Option<PathBuf>,
     created_at: SystemTime,
     phase: watch::Sender<Phase>,
@@ -83,12 +85,23 @@ impl Pod {
     pub(crate) async fn start_sandbox(self: &Arc<Self>, id: &str) -> Result<Status> {
         self.check_sandbox_id(id)?;
         let _lifecycle = self.lifecycle.lock().await;
-        let (size, hostname, network_namespace) = self.with_sandbox(|sandbox| match *sandbox.phase.borrow() {
-            Phase::Created => Ok((sandbox.size.clone(), sandbox.hostname.clone(), sandbox.network_namespace.clone())),
+        let wish = self.with_sandbox(|sandbox| match *sandbox.phase.borrow() {
+            Phase::Created => Ok((
+                sandbox.size.clone(),
+                sandbox.hostname.clone(),
+                sandbox.network_namespace.clone(),
+                sandbox.cgroup.clone(),
+            )),
             _ => Err(Error::State(format!("the sandbox {id} has been started already"))),
-        })??;
+        })?;
+        let (size, hostname, network_namespace, cgroup) = wish?;
+        self.join_cgroup(cgroup.as_deref())?;
         let name = sandbox_name(&self.namespace, &self.id);
-        let (vm, ()) = Vm::boot(self.host.clone(), &name, &hostname, size, |_| Ok(())).await?;
+        let booted = Vm::boot(self.host.clone(), &name, &hostname, size, |_| Ok(())).await;
+        if booted.is_err() {
+            self.stop_vm().await;
+        }
+        let (vm, ()) = booted?;
         self.adopt(vm.clone(), network_namespace);
         self.with_sandbox(|sandbox| sandbox.phase.send_replace(Phase::Ready))?;
         let pod = self.clone();
@@ -246,6 +259,7 @@ impl Sandbox {
         Ok(Self {
             size: annotations::size(&notes, limits)?,
             hostname: if config.hostname.is_empty() { short(&request.id) } else { config.hostname },
+            cgroup: cgroup_below(&linux.cgroup_parent, &request.id),
             network_namespace: (!netns.is_empty()).then(|| netns.into()),
             created_at: SystemTime::now(),
             phase: watch::Sender::new(Phase::Created),
@@ -261,6 +275,15 @@ impl Sandbox {
                 true
             }
         });
+    }
+}
+
+/// The cgroup of a sandbox below the one that the kubelet has made for the pod.
+fn cgroup_below(parent: &str, id: &str) -> Option<String> {
+    match parent.rsplit('/').next() {
+        _ if parent.is_empty() => None,
+        Some(slice) if slice.ends_with(".slice") => Some(format!("{slice}:hull:{id}")),
+        _ => Some(format!("{parent}/{id}")),
     }
 }
 
@@ -291,6 +314,14 @@ mod tests {
         let sandbox = sandbox.unwrap();
         assert_eq!(sandbox.hostname, "web");
         assert!(sandbox.size.memory_mib > 1024);
+    }
+
+    #[test]
+    fn a_sandbox_is_accounted_to_its_pod_under_both_drivers() {
+        assert_eq!(cgroup_below("", "p"), None);
+        assert_eq!(cgroup_below("/kubepods/pod1", "p").unwrap(), "/kubepods/pod1/p");
+        let slice = cgroup_below("/kubepods.slice/kubepods-pod1.slice", "p").unwrap();
+        assert_eq!(slice, "kubepods-pod1.slice:hull:p");
     }
 
     #[test]

@@ -15,7 +15,7 @@ TARGET := x86_64-unknown-linux-gnu
 RELEASE := $(abspath $(or $(CARGO_TARGET_DIR),target))/release
 AGENT := $(abspath $(or $(CARGO_TARGET_DIR),target))/$(TARGET)/release/hull-agent
 STAGE := build/stage
-INSTALLED := $(RELEASE)/hull $(RELEASE)/hull-vmm build/kernel/vmlinux build/guest.img
+INSTALLED := $(RELEASE)/hull $(RELEASE)/hull-vmm $(RELEASE)/containerd-shim-hull-v2 build/kernel/vmlinux build/guest.img
 
 .PHONY: help
 help: ## list the targets
@@ -25,8 +25,8 @@ help: ## list the targets
 build: host kernel guest-image ## build everything that is installed
 
 .PHONY: host
-host: packages ## the programs of the host: hull, hull-vmm
-	$(CARGO) build --release --locked -p hull -p hull-vmm
+host: packages ## the programs of the host: hull, hull-vmm, the containerd shim
+	$(CARGO) build --release --locked -p hull -p hull-vmm -p containerd-shim-hull-v2
 
 .PHONY: agent
 agent: packages ## the guest's agent, a static binary
@@ -56,13 +56,15 @@ packages:
 install: ## copy what was built to DESTDIR/PREFIX
 	@for file in $(INSTALLED); do \
 		[ -e "$$file" ] || { echo "make install: $$file is missing; run \`make build\` first" >&2; exit 1; }; done
-	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/hull
+	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/hull $(RELEASE)/containerd-shim-hull-v2
+	# A cluster set up for Kata finds Hull under the name it knows.
+	ln -sfn containerd-shim-hull-v2 $(DESTDIR)$(PREFIX)/bin/containerd-shim-kata-v2
 	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/libexec/hull $(RELEASE)/hull-vmm
 	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/hull build/kernel/vmlinux build/guest.img
 
 .PHONY: uninstall
 uninstall: ## remove what `make install` copied
-	rm -f $(DESTDIR)$(PREFIX)/bin/hull
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,hull containerd-shim-hull-v2 containerd-shim-kata-v2)
 	rm -rf $(DESTDIR)$(PREFIX)/libexec/hull $(DESTDIR)$(PREFIX)/share/hull
 
 .PHONY: run

@@ -128,6 +128,16 @@ impl Agent {
         answer("UpdateNetwork", self.sandbox.update_network(short(), network).await).map(drop)
     }
 
+    /// Waits until something has happened in the guest after event number `after`, 0 for none.
+    ///
+    /// # Errors
+    ///
+    /// Fails where the guest ends first.
+    pub async fn next_events(&self, after: u64) -> Result<hull_protocol::agent::NextEventsResponse, AgentError> {
+        let request = hull_protocol::agent::NextEventsRequest { after, ..Default::default() };
+        answer("NextEvents", self.sandbox.next_events(endless(), &request).await)
+    }
+
     /// Asks the guest to write everything back and power off.
     ///
     /// # Errors

@@ -22,11 +22,13 @@
 
 pub mod agent;
 pub mod bare;
+pub mod cgroup;
 pub mod config;
 mod console;
 pub mod container;
 pub mod control;
 pub mod host;
+pub mod mount;
 pub mod network;
 pub mod registry;
 pub mod sandbox;

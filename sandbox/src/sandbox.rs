@@ -291,6 +291,18 @@ impl Running {
         &self.parts.claim
     }
 
+    /// The tree that the guest sees.
+    #[must_use]
+    pub fn share(&self) -> &Share {
+        &self.parts.share
+    }
+
+    /// The VMM's process identifier; none once its end has been seen.
+    #[must_use]
+    pub fn vmm_pid(&self) -> Option<u32> {
+        self.parts.vmm.pid()
+    }
+
     /// Microseconds from the guest kernel's start until its agent listened, as the guest says.
     #[must_use]
     pub fn ready_us(&self) -> u64 {

@@ -24,6 +24,8 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
 };
 
+use crate::mount::FileSystem;
+
 /// A mount or directory of a share that could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ShareError {
@@ -139,6 +141,27 @@ impl Share {
         Ok(format!("{SHARE_MOUNT_POINT}/{container}/rootfs"))
     }
 
+    /// Puts a container's root into the tree that others have prepared as file systems, mounted one over the other in this
+    /// order, and says where the guest finds it.
+    ///
+    /// # Errors
+    ///
+    /// Fails where a mount fails.
+    pub fn add_mounted_root(&self, container: &str, file_systems: &[FileSystem]) -> Result<String, ShareError> {
+        let dir = self.root.join(container);
+        let target = dir.join("rootfs");
+        make_dir(&dir)?;
+        make_dir(&target)?;
+        for file_system in file_systems {
+            if file_system.is_bind() {
+                bind(Path::new(&file_system.source), &target, file_system.is_read_only())?;
+            } else {
+                file_system.mount(&target).map_err(|errno| mount_error(&file_system.fstype, &target, errno))?;
+            }
+        }
+        Ok(format!("{SHARE_MOUNT_POINT}/{container}/rootfs"))
+    }
+
     /// Puts a volume into the tree and says where the guest finds it.
     ///
     /// # Errors
@@ -169,6 +192,43 @@ impl Share {
         make_dir_all(&dir)?;
         make_file(&dir.join(name), contents)?;
         Ok(format!("{SHARE_MOUNT_POINT}/{container}/files/{name}"))
+    }
+
+    /// Takes a container's part of the tree away, with all mounts; what is not there is no error.
+    ///
+    /// # Errors
+    ///
+    /// Fails where a mount or directory will not go.
+    pub fn remove_container(&self, container: &str) -> Result<(), ShareError> {
+        let dir = self.root.join(container);
+        let make = |path: &Path, source| ShareError::Make { path: path.to_owned(), source };
+        let mut mount_points = vec![dir.join("rootfs")];
+        match std::fs::read_dir(dir.join("volumes")) {
+            Ok(volumes) => mount_points.extend(volumes.flatten().map(|volume| volume.path())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(make(&dir, error)),
+        }
+        for mount_point in mount_points {
+            // More than one where file systems lie one over the other.
+            while rustix::mount::unmount(&mount_point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).is_ok() {}
+            // Not recursive: if a mount were left, this fails instead of emptying somebody's directory.
+            let removed = match std::fs::symlink_metadata(&mount_point) {
+                Ok(metadata) if metadata.is_dir() => std::fs::remove_dir(&mount_point),
+                Ok(_) => std::fs::remove_file(&mount_point),
+                Err(error) => Err(error),
+            };
+            match removed {
+                Err(source) if source.kind() != std::io::ErrorKind::NotFound => return Err(make(&mount_point, source)),
+                _ => {}
+            }
+        }
+        for dir in [dir, self.layers.join(container)] {
+            match std::fs::remove_dir_all(&dir) {
+                Err(source) if source.kind() != std::io::ErrorKind::NotFound => return Err(make(&dir, source)),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Takes the whole tree away, with all mounts and writable layers.

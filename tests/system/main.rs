@@ -3,6 +3,7 @@
 mod bad_input;
 mod boot;
 mod cni;
+mod containerd;
 mod containers;
 mod exec;
 mod isolation;
@@ -10,6 +11,7 @@ mod lifecycle;
 mod memory;
 mod network;
 mod output;
+mod sandbox_service;
 mod streams;
 mod tty;
 mod volumes;

@@ -21,8 +21,8 @@ const ELFCLASS64: u8 = 2;
 const EI_DATA: usize = 5;
 const ELFDATA2LSB: u8 = 1;
 
-/// `PF_X` in a segment's flags.
-const EXECUTABLE: u32 = 1;
+/// `PF_X` and `PF_W` in a segment's flags.
+const CHANGING_CODE: u32 = 1 | 2;
 
 /// Most program headers that are looked at. A kernel has about five.
 const MAX_PROGRAM_HEADERS: u16 = 64;
@@ -87,7 +87,10 @@ pub fn load_kernel(memory: &GuestMemory, file: &File) -> Result<Kernel, LoadErro
         if !memory.address_in_range(vm_memory::GuestAddress(end - 1)) {
             return Err(LoadError::PlaceKernel(MemoryError::OutOfRange { start: segment.p_paddr, end }));
         }
-        let place = if segment.p_flags & EXECUTABLE != 0 { memory::copy_file } else { memory::place_file };
+        // Constants are marked executable too, but nobody writes to them.
+        let is_code =
+            (segment.p_paddr..end).contains(&header.e_entry) || segment.p_flags & CHANGING_CODE == CHANGING_CODE;
+        let place = if is_code { memory::copy_file } else { memory::place_file };
         place(memory, segment.p_paddr, file, segment.p_offset, segment.p_filesz).map_err(LoadError::PlaceKernel)?;
         range = Some(match range {
             Some(range) => range.start.min(segment.p_paddr)..range.end.max(end),

@@ -1,0 +1,75 @@
+//! The daemon: one thread that serves one pod until that is gone.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_shim_protos::sandbox_async::create_sandbox;
+use containerd_shim_protos::shim_async::create_task;
+use hull_sandbox::host::Host;
+use hull_sandbox::share::enter_mount_namespace;
+use ttrpc::asynchronous::transport::Listener;
+use ttrpc::asynchronous::{Server, Service};
+
+use crate::events::Publisher;
+use crate::flags::Flags;
+use crate::pod::Pod;
+use crate::sandbox::SandboxService;
+use crate::task::TaskService;
+use crate::{Trouble, launch};
+
+/// How long answers that are on their way may take at the end.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+/// Threads for what blocks for a moment: opening connections to the guest.
+const BLOCKING_THREADS: usize = 4;
+/// What they do is shallow.
+const STACK_BYTES: usize = 256 * 1024;
+
+/// Serves the pod on the socket that is standard input.
+pub(crate) fn run(flags: &Flags) -> Result<(), Trouble> {
+    let level = if flags.debug { tracing::Level::DEBUG } else { tracing::Level::INFO };
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_max_level(level).init();
+    // Before any thread exists: mounts made from here on end with this process.
+    enter_mount_namespace()?;
+    let listener = UnixListener::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    let host = Host::discover()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_stack_size(STACK_BYTES)
+        .thread_keep_alive(Duration::from_secs(1))
+        .build()?;
+    let outcome = runtime.block_on(serve(flags, host, listener));
+    if let Err(error) = &outcome {
+        tracing::error!("{error}");
+    }
+    if let Ok(socket) = std::fs::read_to_string(launch::SOCKET_FILE) {
+        // Gone already where somebody was quicker.
+        let _ = std::fs::remove_file(socket);
+    }
+    outcome
+}
+
+async fn serve(flags: &Flags, host: Host, listener: UnixListener) -> Result<(), Trouble> {
+    let publisher = Publisher::start(&std::env::var("TTRPC_ADDRESS")?, &flags.namespace);
+    let pod = Pod::new(&flags.pod, &flags.namespace, host, publisher);
+    let mut server = Server::new().add_listener(Listener::try_from(listener)?).register_service(services(&pod));
+    server.start().await?;
+    pod.finished().await;
+    if tokio::time::timeout(SHUTDOWN_TIMEOUT, server.shutdown()).await.is_err() {
+        tracing::debug!("clients still hold connections");
+    }
+    Ok(())
+}
+
+/// The sandbox service, and both versions of the task service, which differ in nothing but their names.
+fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {
+    let mut services = create_sandbox(Arc::new(SandboxService(pod.clone())));
+    for name in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {
+        let task = create_task(Arc::new(TaskService(pod.clone())));
+        services.extend(task.into_values().map(|service| (name.to_owned(), service)));
+    }
+    services
+}

@@ -1,0 +1,133 @@
+//! `start`: finds the pod's shim, or starts one in the background.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use protobuf::{Message, MessageField};
+
+use crate::annotations::{self, Role};
+use crate::bootstrap::{self, Start};
+use crate::flags::Flags;
+use crate::{Trouble, spec};
+
+/// Named in the bundle of the container that the shim was started for, so that `delete` can tell it from others.
+pub(crate) const PID_FILE: &str = "shim.pid";
+/// Beside it, the path of the socket.
+pub(crate) const SOCKET_FILE: &str = "shim.socket";
+/// The kernel's highest OOM score adjustment.
+const MAX_OOM_SCORE: i32 = 1000;
+
+/// Starts the pod's shim and returns what is to be printed.
+pub(crate) fn start(flags: &Flags) -> Result<Vec<u8>, Trouble> {
+    let start = bootstrap::parse(&bootstrap::read_input()?, flags, |name| std::env::var(name).ok())?;
+    let bundle = std::env::current_dir()?;
+    // With the sandbox service there may be none: then the shim is for the sandbox of this identifier.
+    let role = match spec::read(&bundle) {
+        Ok(spec) => annotations::role(&spec.annotations().clone().unwrap_or_default())?,
+        Err(_) if !bundle.join("config.json").exists() => Role::Sandbox,
+        Err(error) => return Err(error.into()),
+    };
+    if let Role::Member(sandbox) = role {
+        let socket = start.socket_path(&flags.namespace, &sandbox);
+        return match UnixStream::connect(&socket) {
+            Ok(_) => Ok(start.answer(&socket)),
+            Err(error) => Err(format!("the shim of the pod {sandbox} does not answer at {socket}: {error}").into()),
+        };
+    }
+    let socket = start.socket_path(&flags.namespace, &flags.id);
+    let listener = listen(&socket)?;
+    std::fs::write(bundle.join(SOCKET_FILE), &socket)?;
+    match spawn(flags, &start, &bundle, listener) {
+        Ok(()) => Ok(start.answer(&socket)),
+        Err(error) => {
+            let _ = std::fs::remove_file(&socket);
+            Err(error)
+        }
+    }
+}
+
+/// Listens at `path`, where a dead shim may have left its socket.
+fn listen(path: &str) -> Result<UnixListener, Trouble> {
+    if let Some(dir) = Path::new(path).parent() {
+        std::fs::DirBuilder::new().recursive(true).mode(0o711).create(dir)?;
+    }
+    let listener = match UnixListener::bind(path) {
+        Err(error) if error.kind() == ErrorKind::AddrInUse => {
+            if UnixStream::connect(path).is_ok() {
+                return Err(format!("a shim already exists for this container: it listens at {path}").into());
+            }
+            std::fs::remove_file(path)?;
+            UnixListener::bind(path)
+        }
+        outcome => outcome,
+    };
+    let listener = listener.map_err(|error| format!("cannot listen at {path}: {error}"))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Starts the daemon, which inherits the socket as standard input and containerd's log as standard error.
+fn spawn(flags: &Flags, start: &Start, bundle: &Path, listener: UnixListener) -> Result<(), Trouble> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .args(["-namespace", &flags.namespace, "-id", &flags.id, "-address", &start.grpc_address])
+        .args(["-pod", &flags.id])
+        .current_dir(bundle)
+        .env("TTRPC_ADDRESS", &start.ttrpc_address)
+        // One thread needs one arena.
+        .env("MALLOC_ARENA_MAX", "1")
+        .stdin(Stdio::from(OwnedFd::from(listener)))
+        .stdout(Stdio::null())
+        .stderr(log(bundle))
+        .process_group(0);
+    if start.debug {
+        command.arg("-debug");
+    }
+    let mut child = command.spawn()?;
+    let noted = std::fs::write(bundle.join(PID_FILE), child.id().to_string()).map_err(Trouble::from);
+    if let Err(error) = noted.and_then(|()| Ok(set_oom_score(child.id())?)) {
+        child.kill()?;
+        child.wait()?;
+        return Err(error);
+    }
+    Ok(())
+}
+
+/// containerd's log. For reading too, so that it survives containerd's restart, and never blocking: a log that nobody
+/// reads is not worth a pod's standstill.
+fn log(bundle: &Path) -> Stdio {
+    let nonblocking = rustix::fs::OFlags::NONBLOCK.bits();
+    let flags = i32::try_from(nonblocking).unwrap_or(0);
+    match File::options().read(true).write(true).custom_flags(flags).open(bundle.join("log")) {
+        Ok(log) => log.into(),
+        Err(_) => Stdio::null(),
+    }
+}
+
+/// A shim is a little dearer to the kernel than what it serves and a little less than containerd.
+fn set_oom_score(pid: u32) -> std::io::Result<()> {
+    let parent = rustix::process::getppid().map_or(1, |pid| pid.as_raw_nonzero().get());
+    let score = std::fs::read_to_string(format!("/proc/{parent}/oom_score_adj")).unwrap_or_default();
+    let score = score.trim().parse::<i32>().unwrap_or(0).saturating_add(1).min(MAX_OOM_SCORE);
+    std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string())
+}
+
+/// What `-info` prints.
+pub(crate) fn info() -> Result<Vec<u8>, Trouble> {
+    // Options may be on standard input, and there are none that change the answer.
+    bootstrap::read_input()?;
+    let version = RuntimeVersion { version: env!("CARGO_PKG_VERSION").to_owned(), ..Default::default() };
+    let info = RuntimeInfo {
+        name: "io.containerd.hull.v2".to_owned(),
+        version: MessageField::some(version),
+        ..Default::default()
+    };
+    Ok(info.write_to_bytes()?)
+}

@@ -1,0 +1,251 @@
+//! Creates a container: in a VM of its own, in one that is there, or as the VM itself.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use containerd_shim_protos::topics;
+use containerd_shim_protos::types::mount::Mount;
+use hull_sandbox::container::Process as GuestProcess;
+use hull_sandbox::mount::FileSystem;
+use hull_sandbox::share::{RootSource, Share};
+use oci_spec::runtime::Spec;
+use protobuf::MessageField;
+
+use super::{Container, Pod};
+use crate::annotations::{self, Limits, Role};
+use crate::error::{Error, Result};
+use crate::process::{Body, Exit, Process};
+use crate::spec;
+use crate::streams::{Ends, Pumps, Stdio};
+use crate::vm::{Vm, sandbox_name};
+
+/// Longest host name that Linux takes.
+const MAX_HOSTNAME_BYTES: usize = 64;
+
+/// A container to be created.
+#[derive(Debug)]
+pub(crate) struct Create {
+    pub(crate) id: String,
+    pub(crate) bundle: String,
+    pub(crate) rootfs: Vec<Mount>,
+    pub(crate) stdio: Stdio,
+}
+
+impl Pod {
+    /// Creates a container and returns its process on the host.
+    ///
+    /// # Errors
+    ///
+    /// Fails where the specification or a stream cannot be honoured or the VM does not come up; nothing is left then.
+    pub(crate) async fn create(self: &Arc<Self>, request: Create) -> Result<u32> {
+        let _lifecycle = self.lifecycle.lock().await;
+        let bundle = PathBuf::from(&request.bundle);
+        let spec = spec::read(&bundle)?;
+        let role = annotations::role(&spec.annotations().clone().unwrap_or_default())?;
+        if self.lock().containers.contains_key(&request.id) {
+            return Err(Error::Exists(format!("there is a container {} already", request.id)));
+        }
+        let ends = request.stdio.open(&self.namespace, &request.id).await?;
+        let process = match &role {
+            Role::Single | Role::Sandbox => self.create_first(&request, spec, role == Role::Sandbox, ends).await?,
+            Role::Member(sandbox) if *sandbox == self.id => self.create_member(&request, spec, ends).await?,
+            Role::Member(sandbox) => {
+                return Err(Error::Invalid(format!("the container is of the pod {sandbox}, and this is {}", self.id)));
+            }
+        };
+        let pid = self.pid();
+        self.publisher.publish(
+            topics::TASK_CREATE_EVENT_TOPIC,
+            &TaskCreate {
+                container_id: request.id.clone(),
+                bundle: request.bundle.clone(),
+                rootfs: request.rootfs,
+                io: MessageField::some(TaskIO {
+                    stdin: request.stdio.stdin,
+                    stdout: request.stdio.stdout,
+                    stderr: request.stdio.stderr,
+                    terminal: request.stdio.terminal,
+                    ..Default::default()
+                }),
+                pid,
+                ..Default::default()
+            },
+        );
+        let container = Container { bundle: request.bundle, init: process.clone(), execs: Default::default() };
+        self.lock().containers.insert(request.id, container);
+        self.watch(process);
+        Ok(pid)
+    }
+
+    /// Boots the pod's VM for its first container, which has no process of its own where it is the pod's.
+    async fn create_first(
+        self: &Arc<Self>,
+        request: &Create,
+        spec: Spec,
+        is_sandbox: bool,
+        ends: Ends,
+    ) -> Result<Arc<Process>> {
+        if self.lock().vm.is_some() {
+            return Err(Error::Exists(format!("the pod {} has a virtual machine already", self.id)));
+        }
+        spec::refuse_host_namespaces(&spec)?;
+        let notes = spec.annotations().clone().unwrap_or_default();
+        let limits = if is_sandbox { Limits::of_sandbox(&notes)? } else { own_limits(&spec) };
+        let size = annotations::size(&notes, limits)?;
+        let network_namespace = spec::network_namespace(&spec);
+        if let Some(path) = network_namespace.as_ref().filter(|path| !path.exists()) {
+            return Err(Error::Invalid(format!("the network namespace {} does not exist", path.display())));
+        }
+        let hostname = spec.hostname().clone().unwrap_or_default();
+        let mut hostname = if hostname.is_empty() { self.id.clone() } else { hostname };
+        hostname.truncate(hostname.floor_char_boundary(MAX_HOSTNAME_BYTES));
+        self.join_cgroup(spec::cgroup(&spec).as_deref())?;
+        let plan = Plan::new(request);
+        let prepare = |share: &Share| if is_sandbox { Ok(None) } else { plan.prepare(share, spec).map(Some) };
+        let name = sandbox_name(&self.namespace, &self.id);
+        let booted = Vm::boot(self.host.clone(), &name, &hostname, size, network_namespace.as_deref(), prepare).await;
+        if booted.is_err() {
+            self.stop_vm().await;
+        }
+        let (vm, guest_spec) = booted?;
+        let process = match guest_spec {
+            None => Ok(Arc::new(Process::new(&request.id, "", request.stdio.clone(), Body::Nothing))),
+            Some(guest_spec) => launch(&vm, request, &guest_spec, ends).await,
+        };
+        match process {
+            Ok(process) => {
+                self.adopt(vm, network_namespace);
+                Ok(process)
+            }
+            Err(error) => {
+                vm.stop().await;
+                self.stop_vm().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a VM that has come up for the pod's.
+    pub(super) fn adopt(self: &Arc<Self>, vm: Vm, network_namespace: Option<PathBuf>) {
+        {
+            let mut state = self.lock();
+            state.vm = Some(vm.clone());
+            state.network_namespace = network_namespace;
+        }
+        tokio::spawn(self.clone().follow_events(vm));
+    }
+
+    /// Creates a container in the pod's VM.
+    async fn create_member(&self, request: &Create, spec: Spec, ends: Ends) -> Result<Arc<Process>> {
+        let vm = self.vm()?;
+        let plan = Plan::new(request);
+        let prepared = vm.with_share(move |share| plan.prepare(share, spec)).await?;
+        let created = match prepared {
+            Ok(guest_spec) => launch(&vm, request, &guest_spec, ends).await,
+            Err(error) => Err(error),
+        };
+        if created.is_err() {
+            let id = request.id.clone();
+            // An error is that the VM is gone, and the tree with it.
+            if let Ok(Err(error)) = vm.with_share(move |share| share.remove_container(&id)).await {
+                tracing::error!("left behind: {error}");
+            }
+        }
+        created
+    }
+
+    /// Tells of a process's end when that comes.
+    pub(super) fn watch(self: &Arc<Self>, process: Arc<Process>) {
+        let pod = self.clone();
+        tokio::spawn(async move {
+            let Ok(vm) = pod.vm() else { return };
+            let exit = match process.guest() {
+                Ok(guest) => match guest.wait().await {
+                    Ok(status) => {
+                        // The guest's event may still be on its way, and the reason comes before the end.
+                        let is_first = process.exec_id.is_empty();
+                        if is_first && status.oom_killed && !process.told_oom.load(Ordering::Relaxed) {
+                            pod.tell_oom(&process);
+                        }
+                        Exit::of_guest(&status)
+                    }
+                    Err(error) => {
+                        let error = vm.explain(error).await;
+                        if pod.vmm_ran_out_of_memory() {
+                            pod.tell_oom(&process);
+                        }
+                        tracing::warn!("{} is taken for killed: {error}", process.name());
+                        Exit::killed()
+                    }
+                },
+                // The pod's own container, which others end, or the VM's end does.
+                Err(_) => tokio::select! {
+                    exit = process.wait() => exit,
+                    _ = vm.ended() => Exit::killed(),
+                },
+            };
+            pod.ended(&process, exit).await;
+        });
+    }
+}
+
+/// Creates the guest's container and connects its streams.
+async fn launch(vm: &Vm, request: &Create, spec: &Spec, ends: Ends) -> Result<Arc<Process>> {
+    let streams = request.stdio.streams();
+    let (guest, connections) = match GuestProcess::create(vm.agent(), &request.id, spec, streams).await {
+        Ok(created) => created,
+        Err(error) => return Err(vm.explain(error).await),
+    };
+    let pumps = Pumps::start(connections, ends, request.stdio.terminal).map_err(Error::host("cannot carry streams"))?;
+    let process = Process::new(&request.id, "", request.stdio.clone(), Body::Nothing);
+    process.set_guest(guest, pumps);
+    Ok(Arc::new(process))
+}
+
+/// A pod of one container is as large as that is allowed to get.
+fn own_limits(spec: &Spec) -> Limits {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let memory = resources.and_then(|resources| resources.memory().as_ref());
+    let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+    let positive = |limit: Option<i64>| limit.and_then(|limit| u64::try_from(limit).ok()).unwrap_or(0);
+    Limits {
+        memory_bytes: positive(memory.and_then(|memory| memory.limit())),
+        cpu_quota_us: positive(cpu.and_then(|cpu| cpu.quota())),
+        cpu_period_us: cpu.and_then(|cpu| cpu.period()).unwrap_or(0),
+    }
+}
+
+/// What brings a container's files into the tree that the guest sees.
+struct Plan {
+    id: String,
+    bundle: PathBuf,
+    rootfs: Vec<FileSystem>,
+}
+
+impl Plan {
+    fn new(request: &Create) -> Self {
+        let rootfs = request.rootfs.iter().map(|mount| FileSystem {
+            fstype: mount.type_.clone(),
+            source: mount.source.clone(),
+            options: mount.options.clone(),
+        });
+        Self { id: request.id.clone(), bundle: request.bundle.clone().into(), rootfs: rootfs.collect() }
+    }
+
+    /// Fills the tree and makes the guest's specification.
+    fn prepare(&self, share: &Share, spec: Spec) -> Result<Spec> {
+        let root = if self.rootfs.is_empty() {
+            let path = spec.root().as_ref().map_or(Path::new("rootfs"), |root| root.path());
+            let path = self.bundle.join(path);
+            if !path.is_dir() {
+                return Err(Error::Invalid(format!("the container's root {} is missing", path.display())));
+            }
+            share.add_root(&self.id, &RootSource::Directory(path))?
+        } else {
+            share.add_mounted_root(&self.id, &self.rootfs)?
+        };
+        spec::translate(spec, &root, |placed| Ok(share.add_volume(&self.id, placed.index, &placed.volume)?))
+    }
+}

@@ -1,0 +1,203 @@
+//! A pod: its VM, its containers and their processes. One value owns all of it, and every service is a translator to it.
+//!
+//! Lock order: `lifecycle`, which is held across the coming and going of the VM and of containers, then a process's
+//! `telling`, then `state`, which is never held across an await.
+
+mod create;
+mod delete;
+mod operate;
+mod sandbox;
+mod start;
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use containerd_shim_protos::events::task::TaskOOM;
+use containerd_shim_protos::topics;
+use hull_protocol::agent::event::What;
+use hull_sandbox::cgroup::Cgroup;
+use hull_sandbox::host::Host;
+use tokio::sync::watch;
+
+pub(crate) use self::create::Create;
+pub(crate) use self::sandbox::CreateSandbox;
+use self::sandbox::Sandbox;
+
+use crate::error::{Error, Result};
+use crate::events::Publisher;
+use crate::process::Process;
+use crate::vm::Vm;
+
+/// How long containerd may take to accept the last events.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The guest's events are asked for at most this often.
+const EVENT_INTERVAL: Duration = Duration::from_millis(100);
+
+/// A pod, from the shim's start to its end.
+#[derive(Debug)]
+pub(crate) struct Pod {
+    id: String,
+    namespace: String,
+    host: Host,
+    publisher: Publisher,
+    lifecycle: tokio::sync::Mutex<()>,
+    state: Mutex<State>,
+    finished: watch::Sender<bool>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    vm: Option<Vm>,
+    containers: HashMap<String, Container>,
+    /// Where the pod came by the sandbox service rather than as a container of its own.
+    sandbox: Option<Sandbox>,
+    /// What the pod is accounted to on the host.
+    cgroup: Option<Cgroup>,
+    /// The pod's network namespace on the host.
+    network_namespace: Option<PathBuf>,
+}
+
+#[derive(Debug)]
+struct Container {
+    bundle: String,
+    init: Arc<Process>,
+    execs: HashMap<String, Arc<Process>>,
+}
+
+impl Pod {
+    pub(crate) fn new(id: &str, namespace: &str, host: Host, publisher: Publisher) -> Arc<Self> {
+        Arc::new(Self {
+            id: id.to_owned(),
+            namespace: namespace.to_owned(),
+            host,
+            publisher,
+            lifecycle: tokio::sync::Mutex::default(),
+            state: Mutex::default(),
+            finished: watch::Sender::new(false),
+        })
+    }
+
+    /// Waits until the pod is to be forgotten.
+    pub(crate) async fn finished(&self) {
+        // The sender is this pod's own, so this does not fail.
+        let _ = self.finished.subscribe().wait_for(|finished| *finished).await;
+    }
+
+    /// Ends the shim, unless there are containers or a sandbox left.
+    pub(crate) async fn shutdown(self: &Arc<Self>) {
+        let _lifecycle = self.lifecycle.lock().await;
+        if self.lock().is_in_use() {
+            return;
+        }
+        self.stop_vm().await;
+        let pod = self.clone();
+        // After the answer to this request, which is not to wait for the events.
+        tokio::spawn(async move {
+            pod.publisher.flush(FLUSH_TIMEOUT).await;
+            pod.finished.send_replace(true);
+        });
+    }
+
+    /// Ends the VM, if there is one, and everything in it.
+    async fn stop_vm(&self) {
+        let vm = self.lock().vm.clone();
+        if let Some(vm) = vm {
+            vm.stop().await;
+        }
+        let cgroup = self.lock().cgroup.take();
+        if let Some(cgroup) = cgroup {
+            cgroup.leave();
+        }
+    }
+
+    /// The process that stands on the host for those of the pod; 0 without a VM.
+    pub(crate) fn pid(&self) -> u32 {
+        self.lock().vm.as_ref().map_or(0, Vm::pid)
+    }
+
+    fn vm(&self) -> Result<Vm> {
+        self.lock().vm.clone().ok_or_else(|| Error::State(format!("the pod {} has no virtual machine", self.id)))
+    }
+
+    /// A container's first process, or another.
+    pub(crate) fn process(&self, container_id: &str, exec_id: &str) -> Result<Arc<Process>> {
+        let state = self.lock();
+        let container = state.container(container_id)?;
+        if exec_id.is_empty() {
+            return Ok(container.init.clone());
+        }
+        let unknown = || Error::NotFound(format!("container {container_id} has no process {exec_id}"));
+        container.execs.get(exec_id).cloned().ok_or_else(unknown)
+    }
+
+    /// Where a container's files are.
+    pub(crate) fn bundle(&self, container_id: &str) -> Result<String> {
+        Ok(self.lock().container(container_id)?.bundle.clone())
+    }
+
+    /// Passes on what the guest tells unasked, until its end.
+    async fn follow_events(self: Arc<Self>, vm: Vm) {
+        let mut seen = 0;
+        while let Ok(response) = vm.agent().next_events(seen).await {
+            let mut short_of_memory = BTreeSet::new();
+            for event in response.events {
+                if event.number <= seen {
+                    tracing::warn!("the guest tells the same again, and is not listened to any more");
+                    return;
+                }
+                seen = event.number;
+                if matches!(event.what, Some(What::Oom(_))) {
+                    short_of_memory.insert(event.container_id);
+                }
+            }
+            for container_id in short_of_memory {
+                // Not a name that the guest made up.
+                if let Ok(process) = self.process(&container_id, "") {
+                    self.tell_oom(&process);
+                }
+            }
+            // A guest that tells without end is not to keep the host busy.
+            tokio::time::sleep(EVENT_INTERVAL).await;
+        }
+    }
+
+    /// Tells that a container ran out of memory.
+    fn tell_oom(&self, process: &Process) {
+        process.told_oom.store(true, Ordering::Relaxed);
+        let event = TaskOOM { container_id: process.container_id.clone(), ..Default::default() };
+        self.publisher.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
+    }
+
+    /// Puts the shim, and with it the VMM that it will start, where the pod is accounted to.
+    fn join_cgroup(&self, path: Option<&str>) -> Result<()> {
+        let Some(path) = path.filter(|path| !path.is_empty()) else { return Ok(()) };
+        let cgroup = Cgroup::at(path)?;
+        cgroup.join()?;
+        self.lock().cgroup = Some(cgroup);
+        Ok(())
+    }
+
+    /// Whether the host has killed the VMM for want of memory.
+    fn vmm_ran_out_of_memory(&self) -> bool {
+        self.lock().cgroup.as_ref().is_some_and(Cgroup::has_oom_killed)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn container(&self, id: &str) -> Result<&Container> {
+        self.containers.get(id).ok_or_else(|| Error::NotFound(format!("there is no container {id}")))
+    }
+
+    /// Whether somebody still relies on the shim.
+    fn is_in_use(&self) -> bool {
+        !self.containers.is_empty() || self.sandbox.is_some()
+    }
+}

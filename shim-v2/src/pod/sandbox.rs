@@ -1,0 +1,349 @@
+//! The pod as a sandbox of its own: it is there before any container and stays until it is told to go.
+//!
+//! ```text
+//! create ──▶ Created ──start──▶ Ready ──stop, or the VM's end──▶ Stopped ──shutdown──▶ gone
+//! ```
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use containerd_shim_protos::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
+use protobuf::{Message, MessageField};
+use tokio::sync::watch;
+
+use super::Pod;
+use crate::annotations::{self, Limits, Size};
+use crate::error::{Error, Result};
+use crate::generated::cri::{NamespaceMode, PodSandboxConfig};
+use crate::process::Exit;
+use crate::vm::{Vm, sandbox_name};
+
+/// A sandbox to be created.
+#[derive(Debug, Default)]
+pub(crate) struct CreateSandbox {
+    pub(crate) id: String,
+    /// CRI's PodSandboxConfig; may be empty.
+    pub(crate) config: Vec<u8>,
+    pub(crate) network_namespace: String,
+    /// Usually none; then those of the configuration count.
+    pub(crate) annotations: HashMap<String, String>,
+}
+
+/// A sandbox that has been created.
+#[derive(Debug)]
+pub(super) struct Sandbox {
+    size: Size,
+    hostname: String,
+    /// As an OCI specification has it.
+    cgroup: Option<String>,
+    network_namespace: Option<PathBuf>,
+    created_at: SystemTime,
+    phase: watch::Sender<Phase>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Created,
+    Ready,
+    Stopped(Exit),
+}
+
+/// What is told of a sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Status {
+    pub(crate) pid: u32,
+    pub(crate) is_ready: bool,
+    pub(crate) created_at: SystemTime,
+    /// How it ended, once it has.
+    pub(crate) exit: Option<Exit>,
+}
+
+impl Pod {
+    /// Notes what the sandbox is to be.
+    ///
+    /// # Errors
+    ///
+    /// Fails where it has been created before or cannot be as asked.
+    pub(crate) fn create_sandbox(&self, request: CreateSandbox) -> Result<()> {
+        self.check_sandbox_id(&request.id)?;
+        let sandbox = Sandbox::new(request)?;
+        let mut state = self.lock();
+        if state.sandbox.is_some() || state.vm.is_some() {
+            return Err(Error::Exists(format!("there is a sandbox {} already", self.id)));
+        }
+        state.sandbox = Some(sandbox);
+        Ok(())
+    }
+
+    /// Boots the sandbox's VM.
+    ///
+    /// # Errors
+    ///
+    /// Fails where it has been started before or does not come up.
+    pub(crate) async fn start_sandbox(self: &Arc<Self>, id: &str) -> Result<Status> {
+        self.check_sandbox_id(id)?;
+        let _lifecycle = self.lifecycle.lock().await;
+        let wish = self.with_sandbox(|sandbox| match *sandbox.phase.borrow() {
+            Phase::Created => Ok((
+                sandbox.size.clone(),
+                sandbox.hostname.clone(),
+                sandbox.network_namespace.clone(),
+                sandbox.cgroup.clone(),
+            )),
+            _ => Err(Error::State(format!("the sandbox {id} has been started already"))),
+        })?;
+        let (size, hostname, network_namespace, cgroup) = wish?;
+        self.join_cgroup(cgroup.as_deref())?;
+        let name = sandbox_name(&self.namespace, &self.id);
+        let booted =
+            Vm::boot(self.host.clone(), &name, &hostname, size, network_namespace.as_deref(), |_| Ok(())).await;
+        if booted.is_err() {
+            self.stop_vm().await;
+        }
+        let (vm, ()) = booted?;
+        self.adopt(vm.clone(), network_namespace);
+        self.with_sandbox(|sandbox| sandbox.phase.send_replace(Phase::Ready))?;
+        let pod = self.clone();
+        tokio::spawn(async move {
+            vm.ended().await;
+            // Fails where the sandbox has been shut down, and nobody asks any more.
+            let _ = pod.with_sandbox(|sandbox| sandbox.end(Exit::killed()));
+        });
+        self.sandbox_status(id)
+    }
+
+    /// Ends the VM and all in it; a sandbox that has ended stays so.
+    ///
+    /// # Errors
+    ///
+    /// Fails where there is no such sandbox.
+    pub(crate) async fn stop_sandbox(&self, id: &str) -> Result<()> {
+        self.check_sandbox_id(id)?;
+        let _lifecycle = self.lifecycle.lock().await;
+        // Noted first, so that the VM's end is not taken for an accident.
+        self.with_sandbox(|sandbox| sandbox.end(Exit { code: 0, at: SystemTime::now() }))?;
+        self.stop_vm().await;
+        Ok(())
+    }
+
+    /// Waits until the sandbox has ended.
+    ///
+    /// # Errors
+    ///
+    /// Fails where there is no such sandbox.
+    pub(crate) async fn wait_sandbox(&self, id: &str) -> Result<Exit> {
+        self.check_sandbox_id(id)?;
+        let mut phases = self.with_sandbox(|sandbox| sandbox.phase.subscribe())?;
+        loop {
+            if let Phase::Stopped(exit) = *phases.borrow_and_update() {
+                return Ok(exit);
+            }
+            if phases.changed().await.is_err() {
+                // Shut down without having been stopped.
+                return Ok(Exit::killed());
+            }
+        }
+    }
+
+    /// How the sandbox is.
+    ///
+    /// # Errors
+    ///
+    /// Fails where there is no such sandbox.
+    pub(crate) fn sandbox_status(&self, id: &str) -> Result<Status> {
+        self.check_sandbox_id(id)?;
+        let pid = self.pid();
+        self.with_sandbox(|sandbox| {
+            let phase = *sandbox.phase.borrow();
+            let exit = if let Phase::Stopped(exit) = phase { Some(exit) } else { None };
+            Status { pid, is_ready: phase == Phase::Ready, created_at: sandbox.created_at, exit }
+        })
+    }
+
+    /// Forgets the sandbox, and ends the shim.
+    ///
+    /// # Errors
+    ///
+    /// Fails where the identifier is another pod's.
+    pub(crate) async fn shutdown_sandbox(self: &Arc<Self>, id: &str) -> Result<()> {
+        self.check_sandbox_id(id)?;
+        {
+            let _lifecycle = self.lifecycle.lock().await;
+            self.stop_vm().await;
+            let mut state = self.lock();
+            state.sandbox = None;
+            state.containers.clear();
+        }
+        self.shutdown().await;
+        Ok(())
+    }
+
+    /// What the guest as a whole uses.
+    ///
+    /// # Errors
+    ///
+    /// Fails where there is no VM, or it does not answer.
+    pub(crate) async fn sandbox_metrics(&self, id: &str) -> Result<Metrics> {
+        self.check_sandbox_id(id)?;
+        let vm = self.vm()?;
+        let containers: Vec<String> = self.lock().containers.keys().cloned().collect();
+        let guest = match vm.agent().stats().await {
+            Ok(stats) => stats,
+            Err(error) => return Err(vm.explain(error).await),
+        };
+        let (mut cpu, mut pids, mut working) = (CPUStat::default(), PidsStat::default(), MemoryStat::default());
+        for container in containers {
+            // One that has just been deleted does not count.
+            let Ok(metrics) = self.stats(&container).await else { continue };
+            cpu.usage_usec = cpu.usage_usec.saturating_add(metrics.cpu.usage_usec);
+            cpu.user_usec = cpu.user_usec.saturating_add(metrics.cpu.user_usec);
+            cpu.system_usec = cpu.system_usec.saturating_add(metrics.cpu.system_usec);
+            pids.current = pids.current.saturating_add(metrics.pids.current);
+            for (sum, part) in [
+                (&mut working.anon, metrics.memory.anon),
+                (&mut working.inactive_file, metrics.memory.inactive_file),
+                (&mut working.pgfault, metrics.memory.pgfault),
+                (&mut working.pgmajfault, metrics.memory.pgmajfault),
+            ] {
+                *sum = sum.saturating_add(part);
+            }
+        }
+        working.usage = guest.memory_total_bytes.saturating_sub(guest.memory_available_bytes);
+        working.usage_limit = guest.memory_total_bytes;
+        Ok(Metrics {
+            cpu: MessageField::some(cpu),
+            pids: MessageField::some(pids),
+            memory: MessageField::some(working),
+            ..Default::default()
+        })
+    }
+
+    fn check_sandbox_id(&self, id: &str) -> Result<()> {
+        if id == self.id { Ok(()) } else { Err(Error::NotFound(format!("there is no sandbox {id}"))) }
+    }
+
+    fn with_sandbox<T>(&self, work: impl FnOnce(&Sandbox) -> T) -> Result<T> {
+        let state = self.lock();
+        let sandbox = state.sandbox.as_ref();
+        sandbox.map(work).ok_or_else(|| Error::NotFound(format!("there is no sandbox {}", self.id)))
+    }
+}
+
+impl Sandbox {
+    fn new(request: CreateSandbox) -> Result<Self> {
+        let config = PodSandboxConfig::parse_from_bytes(&request.config)
+            .map_err(|error| Error::Invalid(format!("the sandbox's configuration is broken: {error}")))?;
+        let linux = config.linux.get_or_default();
+        let modes = linux.security_context.get_or_default().namespace_options.get_or_default();
+        for (mode, name) in [(modes.network, "hostNetwork"), (modes.pid, "hostPID"), (modes.ipc, "hostIPC")] {
+            if mode == NamespaceMode::NODE.into() {
+                return Err(Error::Invalid(format!(
+                    "a pod in a virtual machine cannot have {name}; use another runtime class for it"
+                )));
+            }
+        }
+        let netns = request.network_namespace;
+        if !netns.is_empty() && !std::path::Path::new(&netns).exists() {
+            return Err(Error::Invalid(format!("the network namespace {netns} does not exist")));
+        }
+        let positive = |number: i64| u64::try_from(number).unwrap_or(0);
+        let resources = linux.resources.get_or_default();
+        let limits = Limits {
+            memory_bytes: positive(resources.memory_limit_in_bytes),
+            cpu_quota_us: positive(resources.cpu_quota),
+            cpu_period_us: positive(resources.cpu_period),
+        };
+        let mut notes = config.annotations;
+        notes.extend(request.annotations);
+        Ok(Self {
+            size: annotations::size(&notes, limits)?,
+            hostname: if config.hostname.is_empty() { short(&request.id) } else { config.hostname },
+            cgroup: cgroup_below(&linux.cgroup_parent, &request.id),
+            network_namespace: (!netns.is_empty()).then(|| netns.into()),
+            created_at: SystemTime::now(),
+            phase: watch::Sender::new(Phase::Created),
+        })
+    }
+
+    /// Notes the end, unless there has been one.
+    fn end(&self, exit: Exit) {
+        self.phase.send_if_modified(|phase| match phase {
+            Phase::Stopped(_) => false,
+            _ => {
+                *phase = Phase::Stopped(exit);
+                true
+            }
+        });
+    }
+}
+
+/// The cgroup of a sandbox below the one that the kubelet has made for the pod.
+fn cgroup_below(parent: &str, id: &str) -> Option<String> {
+    match parent.rsplit('/').next() {
+        _ if parent.is_empty() => None,
+        Some(slice) if slice.ends_with(".slice") => Some(format!("{slice}:hull:{id}")),
+        _ => Some(format!("{parent}/{id}")),
+    }
+}
+
+/// An identifier cut to a host name's length.
+fn short(id: &str) -> String {
+    id[..id.floor_char_boundary(64)].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn config(change: impl FnOnce(&mut PodSandboxConfig)) -> CreateSandbox {
+        let mut config = PodSandboxConfig::default();
+        change(&mut config);
+        CreateSandbox { id: "p".into(), config: config.write_to_bytes().unwrap(), ..Default::default() }
+    }
+
+    #[test]
+    fn a_sandbox_is_as_large_as_its_pod_may_get() {
+        let sandbox = Sandbox::new(config(|config| {
+            config.hostname = "web".into();
+            let linux = config.linux.mut_or_insert_default();
+            linux.resources.mut_or_insert_default().memory_limit_in_bytes = 1 << 30;
+        }));
+        let sandbox = sandbox.unwrap();
+        assert_eq!(sandbox.hostname, "web");
+        assert!(sandbox.size.memory_mib > 1024);
+    }
+
+    #[test]
+    fn a_sandbox_is_accounted_to_its_pod_under_both_drivers() {
+        assert_eq!(cgroup_below("", "p"), None);
+        assert_eq!(cgroup_below("/kubepods/pod1", "p").unwrap(), "/kubepods/pod1/p");
+        let slice = cgroup_below("/kubepods.slice/kubepods-pod1.slice", "p").unwrap();
+        assert_eq!(slice, "kubepods-pod1.slice:hull:p");
+    }
+
+    #[test]
+    fn the_hosts_namespaces_are_refused_by_name() {
+        let request = config(|config| {
+            let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+            context.namespace_options.mut_or_insert_default().pid = NamespaceMode::NODE.into();
+        });
+        assert!(Sandbox::new(request).unwrap_err().to_string().contains("hostPID"));
+    }
+
+    #[test]
+    fn a_network_namespace_must_exist() {
+        let request = CreateSandbox { network_namespace: "/no/such/netns".into(), ..Default::default() };
+        assert!(Sandbox::new(request).unwrap_err().to_string().contains("/no/such/netns"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_configuration_makes_the_parser_panic(config in proptest::collection::vec(any::<u8>(), 0..100)) {
+            let _ = Sandbox::new(CreateSandbox { config, ..Default::default() });
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! From the OCI specification that containerd wrote for this host to the one that the guest gets.
+//!
+//! What the host's kernel would have done by namespaces the guest does by being a machine of its own: a namespace that a
+//! container shares with its pod is the guest's, and one that is new is new in the guest. Network is always the guest's.
+
+mod mounts;
+mod resources;
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Process, Spec};
+
+use crate::error::{Error, Result};
+
+pub(crate) use mounts::Placed;
+pub(crate) use resources::fit;
+
+/// Reads config.json from a bundle.
+///
+/// # Errors
+///
+/// Says what is wrong with the file.
+pub(crate) fn read(bundle: &Path) -> Result<Spec> {
+    let path = bundle.join("config.json");
+    let json = std::fs::read(&path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::NotFound => Error::Invalid(format!("{} is missing", path.display())),
+        _ => Error::host(format!("cannot read {}", path.display()))(source),
+    })?;
+    serde_json::from_slice(&json).map_err(|error| Error::Invalid(format!("{} is broken: {error}", path.display())))
+}
+
+/// Refuses what would have to be the host's: its network, processes or System V objects are not in the guest.
+///
+/// # Errors
+///
+/// Names the namespace that the specification leaves to the host.
+pub(crate) fn refuse_host_namespaces(spec: &Spec) -> Result<()> {
+    let kinds = [
+        (LinuxNamespaceType::Network, "network (hostNetwork)"),
+        (LinuxNamespaceType::Pid, "processes (hostPID)"),
+        (LinuxNamespaceType::Ipc, "System V IPC (hostIPC)"),
+    ];
+    for (kind, name) in kinds {
+        if namespace(spec, kind).is_none() {
+            return Err(Error::Invalid(format!(
+                "a pod in a virtual machine cannot use the host's {name}; use another runtime class for it"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The network namespace that has been made for the pod; none where it is to be a new one.
+pub(crate) fn network_namespace(spec: &Spec) -> Option<PathBuf> {
+    namespace(spec, LinuxNamespaceType::Network).and_then(|namespace| namespace.path().clone())
+}
+
+/// What the pod is accounted to on the host.
+pub(crate) fn cgroup(spec: &Spec) -> Option<String> {
+    let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
+    path.and_then(|path| path.to_str()).map(str::to_owned)
+}
+
+fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<&LinuxNamespace> {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    namespaces.into_iter().flatten().find(|namespace| namespace.typ() == kind)
+}
+
+/// Makes the guest's specification out of the host's. `root` is the container's root in the guest; `place` brings a file
+/// or directory of the host into the guest.
+///
+/// # Errors
+///
+/// Names what cannot be done in a guest.
+pub(crate) fn translate(mut spec: Spec, root: &str, mut place: impl FnMut(&Placed) -> Result<String>) -> Result<Spec> {
+    if let Some(hooks) = spec.hooks() {
+        let any = [hooks.create_runtime(), hooks.create_container(), hooks.start_container(), hooks.poststart()];
+        if any.into_iter().chain([hooks.poststop()]).any(|list| list.as_ref().is_some_and(|list| !list.is_empty())) {
+            return Err(Error::Invalid("config.json has hooks: programs of the host do not exist in the guest".into()));
+        }
+        spec.set_hooks(None);
+    }
+    if let Some(spec_root) = spec.root_mut() {
+        spec_root.set_path(root.into());
+    }
+    if let Some(process) = spec.process_mut() {
+        drop_labels(process);
+    }
+    if let Some(mounts) = spec.mounts_mut() {
+        mounts::translate(mounts, &mut place)?;
+    }
+    let mut owns_uts = false;
+    if let Some(linux) = spec.linux_mut() {
+        let namespaces = linux.namespaces().iter().flatten();
+        let kept: Vec<LinuxNamespace> = namespaces.filter(|namespace| is_kept(namespace)).cloned().collect();
+        owns_uts = kept.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts);
+        linux.set_namespaces(Some(kept));
+        linux.set_mount_label(None);
+        linux.set_cgroups_path(None);
+        linux.set_rootfs_propagation(None);
+        if let Some(resources) = linux.resources_mut() {
+            resources::fit(resources);
+        }
+        let privileged = linux.masked_paths().as_ref().is_none_or(Vec::is_empty);
+        if let Some(devices) = linux.devices() {
+            let block = devices.iter().find(|device| device.typ() == LinuxDeviceType::B);
+            if let (Some(device), false) = (block, privileged) {
+                let path = device.path().display();
+                return Err(Error::Invalid(format!("the block device {path} cannot be passed to the guest")));
+            }
+            let kept = devices.iter().filter(|device| device.typ() != LinuxDeviceType::B).cloned().collect();
+            linux.set_devices(Some(kept));
+        }
+    }
+    if !owns_uts {
+        // The guest has the pod's name already.
+        spec.set_hostname(None);
+        spec.set_domainname(None);
+    }
+    Ok(spec)
+}
+
+/// Takes out what only the host's kernel could apply.
+pub(crate) fn drop_labels(process: &mut Process) {
+    for (kind, label) in [("AppArmor", process.apparmor_profile()), ("SELinux", process.selinux_label())] {
+        if label.as_ref().is_some_and(|label| !label.is_empty()) {
+            tracing::info!("the {kind} label is not applied in the guest");
+        }
+    }
+    process.set_apparmor_profile(None);
+    process.set_selinux_label(None);
+}
+
+/// Whether a container gets a namespace of its own in the guest.
+fn is_kept(namespace: &LinuxNamespace) -> bool {
+    match namespace.typ() {
+        LinuxNamespaceType::Network => false,
+        // With a path it is one of the pod's, which is the guest's own.
+        _ => namespace.path().is_none(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn host_spec() -> Value {
+        json!({
+            "ociVersion": "1.2.0",
+            "root": { "path": "rootfs" },
+            "hostname": "pod",
+            "process": { "args": ["sh"], "cwd": "/", "user": { "uid": 0, "gid": 0 },
+                "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "x" },
+            "mounts": [{ "destination": "/data", "type": "bind", "source": "/srv", "options": ["rbind", "ro"] }],
+            "linux": {
+                "cgroupsPath": "/kubepods/x",
+                "maskedPaths": ["/proc/kcore"],
+                "namespaces": [
+                    { "type": "mount" }, { "type": "pid" }, { "type": "uts", "path": "/proc/7/ns/uts" },
+                    { "type": "ipc", "path": "/proc/7/ns/ipc" }, { "type": "network", "path": "/proc/7/ns/net" },
+                ],
+            },
+        })
+    }
+
+    fn translated(spec: &Value) -> Result<Value> {
+        let spec = serde_json::from_value(spec.clone()).unwrap();
+        let guest = translate(spec, "/run/root", |placed| Ok(format!("/shared{}", placed.volume.source.display())))?;
+        Ok(serde_json::to_value(guest).unwrap())
+    }
+
+    #[test]
+    fn what_a_pod_shares_is_the_guests_and_the_rest_is_new() {
+        let guest = translated(&host_spec()).unwrap();
+        assert_eq!(guest["root"]["path"], "/run/root");
+        assert_eq!(guest["linux"]["namespaces"], json!([{ "type": "mount" }, { "type": "pid" }]));
+        assert_eq!(guest["hostname"], Value::Null);
+        assert_eq!(guest["mounts"][0]["source"], "/shared/srv");
+        assert_eq!(guest["process"]["apparmorProfile"], Value::Null);
+        assert_eq!(guest["process"]["selinuxLabel"], Value::Null);
+        assert_eq!(guest["linux"]["cgroupsPath"], Value::Null);
+    }
+
+    #[test]
+    fn a_container_of_its_own_keeps_its_name() {
+        let mut spec = host_spec();
+        spec["linux"]["namespaces"] = json!([{ "type": "mount" }, { "type": "uts" }]);
+        assert_eq!(translated(&spec).unwrap()["hostname"], "pod");
+    }
+
+    #[test]
+    fn the_hosts_namespaces_are_refused_with_a_reason() {
+        for (kind, word) in [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")] {
+            let mut spec = host_spec();
+            let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.retain(|namespace| namespace["type"] != kind);
+            let error = refuse_host_namespaces(&serde_json::from_value(spec).unwrap()).unwrap_err();
+            assert!(error.to_string().contains(word), "{error}");
+        }
+        let spec: Spec = serde_json::from_value(host_spec()).unwrap();
+        refuse_host_namespaces(&spec).unwrap();
+        assert_eq!(network_namespace(&spec), Some("/proc/7/ns/net".into()));
+    }
+
+    #[test]
+    fn programs_and_disks_of_the_host_are_refused() {
+        let mut spec = host_spec();
+        spec["hooks"] = json!({ "createRuntime": [{ "path": "/bin/true" }] });
+        assert!(translated(&spec).unwrap_err().to_string().contains("hooks"));
+        let mut spec = host_spec();
+        spec["linux"]["devices"] = json!([{ "path": "/dev/sda", "type": "b", "major": 8, "minor": 0 }]);
+        assert!(translated(&spec).unwrap_err().to_string().contains("/dev/sda"));
+        // A privileged container is given all devices of the host without having asked for one.
+        spec["linux"]["maskedPaths"] = json!([]);
+        assert_eq!(translated(&spec).unwrap()["linux"]["devices"], json!([]));
+    }
+
+    #[test]
+    fn a_broken_or_missing_file_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(read(dir.path()).unwrap_err().to_string().contains("config.json is missing"));
+        std::fs::write(dir.path().join("config.json"), "{").unwrap();
+        assert!(read(dir.path()).unwrap_err().to_string().contains("is broken"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_in_the_place_of_a_specification_makes_the_reader_panic(json in "\\PC*") {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("config.json"), json).unwrap();
+            if let Ok(spec) = read(dir.path()) {
+                let _ = translate(spec, "/r", |_| Ok(String::new()));
+            }
+        }
+
+        #[test]
+        fn no_mount_makes_the_translation_panic(
+            destination in "\\PC*", source in proptest::option::of("\\PC*"), options in proptest::collection::vec("\\PC*", 0..3)
+        ) {
+            let mut spec = host_spec();
+            spec["mounts"] = json!([{ "destination": destination, "source": source, "type": "bind", "options": options }]);
+            let _ = translated(&spec);
+        }
+    }
+}

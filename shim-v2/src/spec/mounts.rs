@@ -1,0 +1,94 @@
+//! Where a container's mounts come from in the guest.
+
+use std::path::{Path, PathBuf};
+
+use hull_sandbox::share::Volume;
+use oci_spec::runtime::Mount;
+
+use crate::error::{Error, Result};
+
+/// A part of the host's tree that a container needs in the guest.
+#[derive(Clone, Debug)]
+pub(crate) struct Placed {
+    /// The number of the mount among the container's.
+    pub(crate) index: usize,
+    pub(crate) volume: Volume,
+}
+
+/// File systems of the kernel: what the guest's own kernel shows there is what is meant.
+const OF_THE_KERNEL: [&str; 3] = ["/proc", "/sys", "/dev"];
+
+/// Gives every mount whose source is on the host one in the guest.
+pub(super) fn translate(mounts: &mut [Mount], place: &mut impl FnMut(&Placed) -> Result<String>) -> Result<()> {
+    for (index, mount) in mounts.iter_mut().enumerate() {
+        let options = mount.options().clone().unwrap_or_default();
+        let is_bind = mount.typ().as_deref() == Some("bind")
+            || options.iter().any(|option| option == "bind" || option == "rbind");
+        if !is_bind {
+            continue;
+        }
+        let destination = mount.destination().display().to_string();
+        let Some(source) = mount.source().clone() else {
+            return Err(Error::Invalid(format!("the mount at {destination} has no source")));
+        };
+        if !source.is_absolute() {
+            return Err(Error::Invalid(format!(
+                "the source {} of the mount at {destination} is not absolute",
+                source.display()
+            )));
+        }
+        if mount.destination() == Path::new("/dev/shm") {
+            // The pod's shared memory, and what shares it is in the guest.
+            mount.set_source(Some("/dev/shm".into()));
+            continue;
+        }
+        if OF_THE_KERNEL.iter().any(|dir| source.starts_with(dir)) {
+            tracing::info!("the mount at {destination} shows the guest's {}", source.display());
+            continue;
+        }
+        let read_only = options.iter().any(|option| option == "ro" || option == "rro");
+        let placed = Placed { index, volume: Volume { source, read_only } };
+        mount.set_source(Some(PathBuf::from(place(&placed)?)));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn sources(mounts: &Value) -> Vec<String> {
+        let mut mounts: Vec<Mount> = serde_json::from_value(mounts.clone()).unwrap();
+        translate(&mut mounts, &mut |placed| {
+            Ok(format!("/share/{}{}", placed.index, if placed.volume.read_only { "/ro" } else { "" }))
+        })
+        .unwrap();
+        mounts.iter().map(|mount| mount.source().clone().unwrap_or_default().display().to_string()).collect()
+    }
+
+    #[test]
+    fn only_what_is_on_the_host_is_brought_into_the_guest() {
+        let mounts = json!([
+            { "destination": "/proc", "type": "proc", "source": "proc" },
+            { "destination": "/etc/hosts", "type": "bind", "source": "/var/lib/hosts", "options": ["rbind", "ro"] },
+            { "destination": "/data", "type": "none", "source": "/srv", "options": ["rbind"] },
+            { "destination": "/dev/shm", "type": "bind", "source": "/run/containerd/shm", "options": ["rbind"] },
+            { "destination": "/host/sys", "type": "bind", "source": "/sys/fs", "options": ["rbind"] },
+        ]);
+        assert_eq!(sources(&mounts), ["proc", "/share/1/ro", "/share/2", "/dev/shm", "/sys/fs"]);
+    }
+
+    #[test]
+    fn a_source_must_be_there_and_absolute() {
+        for mount in [
+            json!({ "destination": "/a", "type": "bind" }),
+            json!({ "destination": "/a", "type": "bind", "source": "relative" }),
+        ] {
+            let mut mounts: Vec<Mount> = vec![serde_json::from_value(mount).unwrap()];
+            let error = translate(&mut mounts, &mut |_| Ok(String::new())).unwrap_err();
+            assert!(error.to_string().contains("/a"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! A program that takes a process's output: `binary:///path?key=value`.
+//!
+//! It is started with the words of the query as arguments and three descriptors: 3 and 4 are the reading ends of standard output
+//! and error, and 5 is what it closes once it reads.
+
+use std::io::{Error, ErrorKind, Result};
+use std::os::fd::OwnedFd;
+use std::process::Stdio;
+use std::time::Duration;
+
+use command_fds::CommandFdExt;
+use command_fds::FdMapping;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
+use tokio::process::Command;
+
+/// How long the program may take until it reads.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Starts the program behind `uri` (without its scheme) and returns the writing ends of output and error.
+pub(super) async fn start(uri: &str, namespace: &str, id: &str) -> Result<(pipe::Sender, pipe::Sender)> {
+    let (path, arguments) =
+        parse(uri).ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the URI names no program"))?;
+    let (stdout_read, stdout) = std::io::pipe()?;
+    let (stderr_read, stderr) = std::io::pipe()?;
+    let (ready, ready_write) = std::io::pipe()?;
+    let ends: [OwnedFd; 3] = [stdout_read.into(), stderr_read.into(), ready_write.into()];
+    let mappings = ends.into_iter().zip(3..).map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd });
+    let mut command = Command::new(path);
+    command
+        .args(arguments)
+        .env("CONTAINER_ID", id)
+        .env("CONTAINER_NAMESPACE", namespace)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .fd_mappings(mappings.collect())
+        .map_err(Error::other)?;
+    let mut child = command.spawn()?;
+    // It holds the program's ends, and with them open here no pipe would ever end.
+    drop(command);
+    let mut ready = pipe::Receiver::from_owned_fd(ready.into())?;
+    let answered = tokio::time::timeout(READY_TIMEOUT, ready.read(&mut [0])).await;
+    if answered.is_err() {
+        child.start_kill()?;
+        return Err(Error::new(ErrorKind::TimedOut, "the program does not say that it reads"));
+    }
+    // The program ends with its input; somebody has to wait for it.
+    tokio::spawn(async move { child.wait().await });
+    Ok((pipe::Sender::from_owned_fd(stdout.into())?, pipe::Sender::from_owned_fd(stderr.into())?))
+}
+
+/// The program's path, and the query's keys and values one after the other.
+fn parse(uri: &str) -> Option<(String, Vec<String>)> {
+    let (path, query) = uri.split_once('?').unwrap_or((uri, ""));
+    let mut arguments = Vec::new();
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        arguments.push(decode(key, true)?);
+        if !value.is_empty() {
+            arguments.push(decode(value, true)?);
+        }
+    }
+    let path = decode(path, false)?;
+    path.starts_with('/').then_some((path, arguments))
+}
+
+/// Undoes the escapes of a URI; in a query a plus stands for a space.
+fn decode(text: &str, in_query: bool) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        bytes.push(match byte {
+            b'%' => {
+                let digits = [rest.next()?, rest.next()?];
+                u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?
+            }
+            b'+' if in_query => b' ',
+            0 => return None,
+            byte => byte,
+        });
+    }
+    String::from_utf8(bytes).ok().filter(|text| !text.contains('\0'))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use proptest::prelude::*;
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    #[test]
+    fn the_query_becomes_arguments() {
+        let (path, arguments) = parse("/usr/bin/log%20it?--file=%2Ftmp%2Fa+b&-v").unwrap();
+        assert_eq!(path, "/usr/bin/log it");
+        assert_eq!(arguments, ["--file", "/tmp/a b", "-v"]);
+        for wrong in ["", "relative", "/a%", "/a%zz", "/a%00"] {
+            assert!(parse(wrong).is_none(), "{wrong}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_program_gets_the_output_and_the_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let (program, log) = (dir.path().join("log.sh"), dir.path().join("log"));
+        let script =
+            "#!/bin/sh\nexec 5>&-\n{ echo \"$CONTAINER_NAMESPACE/$CONTAINER_ID\"; cat <&3; cat <&4; } >\"$1\"\n";
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o700)).unwrap();
+        let uri = format!("{}?{}", program.display(), log.display());
+        let (mut stdout, mut stderr) = start(&uri, "ns", "c").await.unwrap();
+        stdout.write_all(b"out\n").await.unwrap();
+        stderr.write_all(b"err\n").await.unwrap();
+        drop((stdout, stderr));
+        let complete = "ns/c\nout\nerr\n";
+        while std::fs::read_to_string(&log).unwrap_or_default() != complete {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_uri_makes_the_parser_panic(uri in "\\PC*") {
+            let _ = parse(&uri);
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! The pod's VM: one task owns it, everybody else has a handle.
+//!
+//! ```text
+//! boot ──▶ kept by the task ──stop, or its own end──▶ gone, with the reason
+//! ```
+
+use std::path::Path;
+use std::time::Duration;
+
+use hull_sandbox::agent::{Agent, AgentError};
+use hull_sandbox::config::SandboxConfig;
+use hull_sandbox::host::Host;
+use hull_sandbox::network::Network;
+use hull_sandbox::registry::Registry;
+use hull_sandbox::sandbox::{Configured, Running};
+use hull_sandbox::share::Share;
+use sha2::{Digest, Sha256};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::annotations::Size;
+use crate::error::{Error, Result};
+
+/// How long a guest may take to boot: what 200 pods that start at once on a small host need.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+/// The VMM's end follows that of its connections at once, if that is what has happened.
+const END_GRACE: Duration = Duration::from_secs(2);
+
+type ShareJob = Box<dyn FnOnce(&Share) + Send>;
+
+enum Job {
+    /// Something to be done with the tree that the guest sees.
+    Share(ShareJob),
+    Stop,
+}
+
+/// A handle to the VM.
+#[derive(Clone)]
+pub(crate) struct Vm {
+    agent: Agent,
+    pid: u32,
+    jobs: mpsc::Sender<Job>,
+    /// Why it is gone, once it is.
+    end: watch::Receiver<Option<String>>,
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vm").field("pid", &self.pid).finish_non_exhaustive()
+    }
+}
+
+impl Vm {
+    /// Boots a VM with the interfaces of a network namespace, and has `prepare` fill the tree meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Fails with whatever kept it from coming up; nothing is left behind then.
+    pub(crate) async fn boot<T>(
+        host: Host,
+        name: &str,
+        hostname: &str,
+        size: Size,
+        network_namespace: Option<&Path>,
+        prepare: impl FnOnce(&Share) -> Result<T>,
+    ) -> Result<(Self, T)> {
+        let config = SandboxConfig {
+            id: name.to_owned(),
+            name: None,
+            cpus: size.cpus,
+            memory_mib: size.memory_mib,
+            hostname: hostname.to_owned(),
+            kernel_params: size.kernel_params,
+            network: network_namespace.map_or(Network::None, |path| Network::Namespace(path.to_owned())),
+            boot_timeout: BOOT_TIMEOUT,
+        };
+        let booting = Configured::new(host, config)?.start()?;
+        let prepared = match prepare(booting.share()) {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                booting.abandon().await;
+                return Err(error);
+            }
+        };
+        let running = booting.ready(std::future::pending()).await?;
+        let (jobs, received) = mpsc::channel(8);
+        let (end, ended) = watch::channel(None);
+        let vm = Self { agent: running.agent().clone(), pid: running.vmm_pid().unwrap_or_default(), jobs, end: ended };
+        tracing::info!(vmm = vm.pid, ready_us = running.ready_us(), "the guest's agent answers");
+        tokio::spawn(keep(running, received, end));
+        Ok((vm, prepared))
+    }
+
+    pub(crate) fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// The VMM's process: what stands on the host for all of the pod's processes.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Does something with the tree that the guest sees.
+    ///
+    /// # Errors
+    ///
+    /// Fails where the VM is gone.
+    pub(crate) async fn with_share<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Share) -> T + Send + 'static,
+    ) -> Result<T> {
+        let (done, result) = oneshot::channel();
+        let job: ShareJob = Box::new(move |share| drop(done.send(work(share))));
+        if self.jobs.send(Job::Share(job)).await.is_err() {
+            return Err(Error::Gone(self.reason()));
+        }
+        result.await.map_err(|_| Error::Gone(self.reason()))
+    }
+
+    /// Ends the VM and waits until nothing is left of it.
+    pub(crate) async fn stop(&self) {
+        // Fails where it has ended already.
+        let _ = self.jobs.send(Job::Stop).await;
+        self.ended().await;
+    }
+
+    /// Waits for the end and says why it came.
+    pub(crate) async fn ended(&self) -> String {
+        let mut end = self.end.clone();
+        // Fails where the task is gone, and the VM with it.
+        let _ = end.wait_for(Option::is_some).await;
+        self.reason()
+    }
+
+    /// Whether the end has come, or comes within a moment: a guest that does not answer may be one that is gone.
+    pub(crate) async fn is_gone(&self) -> bool {
+        tokio::time::timeout(END_GRACE, self.ended()).await.is_ok()
+    }
+
+    /// Finds out whether a call failed because the VM is gone, which says more.
+    pub(crate) async fn explain(&self, error: AgentError) -> Error {
+        let broken = matches!(error, AgentError::Silent { .. } | AgentError::Connect(_) | AgentError::Io(_));
+        if broken && self.is_gone().await { Error::Gone(self.reason()) } else { error.into() }
+    }
+
+    fn reason(&self) -> String {
+        self.end.borrow().clone().unwrap_or_else(|| "it was stopped".to_owned())
+    }
+}
+
+/// Owns the VM until its end.
+async fn keep(mut running: Running, mut jobs: mpsc::Receiver<Job>, end: watch::Sender<Option<String>>) {
+    let reason = loop {
+        tokio::select! {
+            biased;
+            error = running.ended() => {
+                tracing::error!("{error}");
+                break error.to_string();
+            }
+            job = jobs.recv() => match job {
+                Some(Job::Share(work)) => work(running.share()),
+                Some(Job::Stop) | None => break "it was stopped".to_owned(),
+            },
+        }
+    };
+    let removed = match running.stop().await {
+        Ok(claim) => claim.remove().map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    if let Err(error) = removed {
+        tracing::error!("left behind: {error}");
+    }
+    end.send_replace(Some(reason));
+}
+
+/// The name of a pod among Hull's sandboxes. containerd's identifiers are unique only in their namespace, and can be longer
+/// than a sandbox's name.
+pub(crate) fn sandbox_name(namespace: &str, id: &str) -> String {
+    let digest = Sha256::digest(format!("{namespace}/{id}"));
+    let hex: String = digest.iter().take(12).map(|byte| format!("{byte:02x}")).collect();
+    format!("pod-{hex}")
+}
+
+/// Removes what dead shims have left on the host.
+///
+/// # Errors
+///
+/// Fails where the state directory cannot be used.
+pub(crate) fn sweep(host: &Host) -> Result<()> {
+    let sandboxes = Registry::new(&host.state_dir, &host.data_dir);
+    sandboxes.list().map(drop).map_err(|error| Error::Sandbox(error.into()))
+}
+
+/// Waits until the owner of a pod, if there is one, has let go of it.
+///
+/// # Errors
+///
+/// Fails where the state directory cannot be used.
+pub(crate) fn wait_for_owner(host: &Host, name: &str) -> Result<()> {
+    let sandboxes = Registry::new(&host.state_dir, Path::new(&host.data_dir));
+    sandboxes.wait_for_owner(name).map_err(|error| Error::Sandbox(error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pods_of_two_namespaces_have_two_names_fit_for_a_directory() {
+        let (a, b) = (sandbox_name("default", "x"), sandbox_name("k8s.io", "x"));
+        assert_ne!(a, b);
+        assert!(hull_sandbox::config::check_name(&sandbox_name("n", &"i".repeat(76))).is_ok());
+    }
+}

@@ -1,0 +1,242 @@
+//! Hull as containerd's runtime, driven by `ctr`. Each test is for a row of what containerd expects of a shim.
+
+use std::io::{BufRead, BufReader};
+
+use fixture::Said;
+use fixture::containerd::{BUSYBOX, RUNTIME, Task, ctr, ctr_with_stdin, processes, run_script, spawn_ctr};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// A pod's annotations and namespaces as CRI gives them to the containers in it.
+const SANDBOX: &str = "io.kubernetes.cri.sandbox-id=";
+const TYPE: &str = "io.kubernetes.cri.container-type=";
+
+/// Asserts that nothing of a pod is left on the host.
+#[track_caller]
+fn assert_nothing_left(id: &str) {
+    for (pid, words) in processes("containerd-shim-hull-v2") {
+        assert!(!words.iter().any(|word| word == id), "the shim {pid} of {id} is still there");
+    }
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.lines().any(|line| line.contains("/run/hull/")), "{mounts}");
+}
+
+#[test]
+fn binary_answers_version_and_info_and_prints_nothing_else() {
+    let shim = |flag: &str| {
+        let mut command = std::process::Command::new("containerd-shim-hull-v2");
+        Said::new(command.arg(flag).stdin(std::process::Stdio::null()).output().unwrap())
+    };
+    assert!(shim("-v").ok().contains("Version"));
+    assert!(shim("-info").ok().contains(RUNTIME));
+}
+
+#[test]
+fn create_boots_a_vm_and_start_runs_the_program_in_it() {
+    let host = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let guest = run_script("created", [], "uname -r").ok();
+    assert_ne!(guest, host.trim());
+    assert_nothing_left("created");
+}
+
+#[test]
+fn create_refuses_what_is_the_hosts_and_names_it() {
+    let said = run_script("hostnet", ["--net-host"], "true");
+    assert_ne!(said.code, 0);
+    assert!(said.stderr.contains("hostNetwork") && said.stderr.contains("invalid argument"), "{}", said.stderr);
+    assert_nothing_left("hostnet");
+}
+
+#[test]
+fn create_names_a_program_that_is_not_there() {
+    let said = ctr(["run", "--rm", "--runtime", RUNTIME, BUSYBOX, "noprogram", "/no/such/program"]);
+    assert_ne!(said.code, 0);
+    assert!(said.stderr.contains("/no/such/program"), "{}", said.stderr);
+    assert_nothing_left("noprogram");
+}
+
+#[test]
+fn create_names_a_mount_source_that_vanished() {
+    let mount = "type=bind,src=/no/such/source,dst=/data,options=rbind:ro";
+    let said = run_script("nosource", ["--mount", mount], "true");
+    assert_ne!(said.code, 0);
+    assert!(said.stderr.contains("/no/such/source"), "{}", said.stderr);
+    assert_nothing_left("nosource");
+}
+
+#[test]
+fn create_starts_with_a_limit_of_16_mib() {
+    assert_eq!(run_script("tiny", ["--memory-limit", "16777216"], "echo fits").ok(), "fits");
+}
+
+#[test]
+fn wait_answers_the_exit_status() {
+    assert_eq!(run_script("status", [], "exit 7").code, 7);
+    let task = Task::start("signalled", [], "sleep 1000");
+    ctr(["task", "kill", "-s", "KILL", "signalled"]).ok();
+    while task.listed().is_some_and(|(_, state)| state != "STOPPED") {}
+    assert!(ctr(["task", "rm", "signalled"]).stderr.contains("exit code 137"));
+}
+
+#[test]
+fn streams_carry_every_byte_in_both_directions() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("input");
+    let bytes: Vec<u8> = (0..8_000_000_u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    std::fs::write(&path, &bytes).unwrap();
+    let said = ctr_with_stdin(["run", "--rm", "--runtime", RUNTIME, BUSYBOX, "echoed", "cat"], &path);
+    assert_eq!((said.code, said.stderr.as_str()), (0, ""));
+    assert!(said.stdout == bytes, "{} of {} bytes, or others", said.stdout.len(), bytes.len());
+}
+
+#[test]
+fn exec_runs_beside_the_first_process_with_its_own_streams_and_status() {
+    let task = Task::start("execs", [], "sleep 1000");
+    let said = task.exec("one", "echo out; echo err >&2; exit 3");
+    assert_eq!((said.code, said.text().as_str()), (3, "out\n"));
+    assert!(said.stderr.contains("err"), "{}", said.stderr);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("input");
+    std::fs::write(&path, vec![b'x'; 1_000_000]).unwrap();
+    let counted = ctr_with_stdin(["task", "exec", "--exec-id", "two", "execs", "wc", "-c"], &path);
+    assert_eq!(counted.ok(), "1000000");
+}
+
+#[test]
+fn exec_in_a_stopped_container_is_a_failed_precondition() {
+    let task = Task::start("stopped", [], "exit 0");
+    while task.listed().is_some_and(|(_, state)| state != "STOPPED") {}
+    let said = task.exec("late", "true");
+    assert!(said.code != 0 && said.stderr.contains("failed precondition"), "{}", said.stderr);
+}
+
+#[test]
+fn kill_passes_signals_on_and_knows_what_has_ended() {
+    let task = Task::start("killed", [], "trap 'exit 9' TERM; while :; do sleep 0.2; done");
+    ctr(["task", "kill", "-s", "TERM", "killed"]).ok();
+    while task.listed().is_some_and(|(_, state)| state != "STOPPED") {}
+    let again = ctr(["task", "kill", "-s", "TERM", "killed"]);
+    assert!(again.code != 0 && again.stderr.contains("not found"), "{}", again.stderr);
+    let removed = ctr(["task", "rm", "killed"]);
+    assert!(removed.stderr.contains("exit code 9"), "{}", removed.stderr);
+}
+
+#[test]
+fn pids_and_state_are_told_and_the_pid_is_alive() {
+    let task = Task::start("listed", [], "sleep 1000");
+    let (pid, state) = task.listed().unwrap();
+    assert_eq!(state, "RUNNING");
+    kill(Pid::from_raw(pid), None).unwrap();
+    assert!(ctr(["task", "ps", "listed"]).ok().lines().count() > 1);
+}
+
+#[test]
+fn pause_and_resume_freeze_and_thaw() {
+    let task = Task::start("paused", [], "sleep 1000");
+    ctr(["task", "pause", "paused"]).ok();
+    assert_eq!(task.listed().unwrap().1, "PAUSED");
+    ctr(["task", "resume", "paused"]).ok();
+    assert_eq!(task.listed().unwrap().1, "RUNNING");
+    assert_eq!(task.exec("thawed", "echo alive").ok(), "alive");
+}
+
+#[test]
+fn checkpoint_is_not_implemented() {
+    let _task = Task::start("checkpoint", [], "sleep 1000");
+    let said = ctr(["task", "checkpoint", "checkpoint"]);
+    assert!(said.code != 0 && said.stderr.contains("not implemented"), "{}", said.stderr);
+}
+
+#[test]
+fn stats_are_those_of_cgroups_version_2() {
+    let _task = Task::start("stats", ["--memory-limit", "33554432"], "sleep 1000");
+    let said = ctr(["task", "metrics", "stats"]).ok();
+    let value = |name: &str| {
+        let line = said.lines().find(|line| line.split_whitespace().next() == Some(name));
+        line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok()).unwrap_or_else(|| panic!("{said}"))
+    };
+    assert_eq!(value("memory.usage_limit"), 33_554_432);
+    assert!(value("memory.usage") > 0 && value("cpu.usage_usec") > 0 && value("pids.current") >= 1);
+}
+
+#[test]
+fn events_come_in_order() {
+    let mut events = spawn_ctr(["events"]);
+    let mut lines = BufReader::new(events.stdout.take().unwrap()).lines();
+    run_script("ordered", [], "true").ok();
+    let mut topics = Vec::new();
+    while topics.last().map(String::as_str) != Some("/tasks/delete") {
+        let line = lines.next().unwrap().unwrap();
+        if line.contains("\"ordered\"") {
+            topics.extend(line.split_whitespace().find(|word| word.starts_with("/tasks/")).map(str::to_owned));
+        }
+    }
+    events.kill().unwrap();
+    events.wait().unwrap();
+    assert_eq!(topics, ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]);
+}
+
+#[test]
+fn oom_is_told_and_counted() {
+    let mut events = spawn_ctr(["events"]);
+    let mut lines = BufReader::new(events.stdout.take().unwrap()).lines();
+    let script = "dd if=/dev/zero of=/dev/shm/filled bs=1M count=60; sleep 1000";
+    let _task = Task::start("hungry", ["--memory-limit", "33554432"], script);
+    assert!(lines.any(|line| line.is_ok_and(|line| line.contains("/tasks/oom") && line.contains("\"hungry\""))));
+    events.kill().unwrap();
+    events.wait().unwrap();
+    let metrics = ctr(["task", "metrics", "--format", "json", "hungry"]).ok();
+    let metrics: serde_json::Value = serde_json::from_str(&metrics).unwrap();
+    assert!(metrics["memory_events"]["oom_kill"].as_u64().unwrap() > 0, "{metrics}");
+}
+
+#[test]
+fn delete_leaves_nothing() {
+    let task = Task::start("deleted", [], "sleep 1000");
+    task.remove();
+    assert!(task.listed().is_none());
+    assert_nothing_left("deleted");
+}
+
+#[test]
+fn the_death_of_the_shim_leaves_nothing() {
+    let task = Task::start("orphan", [], "sleep 1000");
+    let (vmm, _) = task.listed().unwrap();
+    let shim = task.shim();
+    kill(Pid::from_raw(shim), Signal::SIGKILL).unwrap();
+    fixture::wait_gone(shim);
+    fixture::wait_gone(vmm);
+    while task.listed().is_some() {}
+    assert_nothing_left("orphan");
+}
+
+#[test]
+fn the_death_of_the_vmm_is_told_as_a_kill() {
+    let task = Task::start("doomed", [], "sleep 1000");
+    let (vmm, _) = task.listed().unwrap();
+    kill(Pid::from_raw(vmm), Signal::SIGKILL).unwrap();
+    while task.listed().is_some_and(|(_, state)| state != "STOPPED") {}
+    assert!(ctr(["task", "rm", "doomed"]).stderr.contains("exit code 137"));
+    assert_nothing_left("doomed");
+}
+
+#[test]
+fn grouping_puts_the_containers_of_a_pod_into_one_vm() {
+    let annotate = |kind: &str| [format!("{TYPE}{kind}"), format!("{SANDBOX}pod")];
+    let [kind, id] = annotate("sandbox");
+    let sandbox = Task::start("pod", ["--annotation", &kind, "--annotation", &id], "unused");
+    let (vmm, _) = sandbox.listed().unwrap();
+    let namespace = |name: &str| format!("{name}:/proc/{vmm}/ns/{}", if name == "network" { "net" } else { name });
+    let (network, ipc, uts) = (namespace("network"), namespace("ipc"), namespace("uts"));
+    let [kind, id] = annotate("container");
+    let member = |name: &str, script: &str| {
+        let options = ["--annotation", &kind, "--annotation", &id, "--with-ns", &network, "--with-ns", &ipc];
+        let args = ["run", "--rm", "--runtime", RUNTIME].into_iter().chain(options);
+        ctr(args.chain(["--with-ns", &uts, BUSYBOX, name, "sh", "-c", script])).ok()
+    };
+    let boot = "cat /proc/sys/kernel/random/boot_id; hostname";
+    assert_eq!(member("first", boot), member("second", boot));
+    assert_eq!(sandbox.listed().unwrap().1, "RUNNING");
+    sandbox.remove();
+    assert_nothing_left("pod");
+}

@@ -184,7 +184,8 @@ def base_arguments(images, shape):
     arguments = ["-M", "q35", *shape.arguments(), "-nodefaults", "-no-user-config", "-display", "none",
                  "-no-reboot", "-kernel", f"{images}/kernel", "-initrd", f"{images}/initrd",
                  # tsc=reliable: no watchdog that moves the clock to a slow timer when this machine is busy.
-                 "-append", "console=ttyS0 quiet rcupdate.rcu_expedited=1 panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check "
+                 # oops=panic: a lab that is damaged ends.
+                 "-append", "console=ttyS0 quiet rcupdate.rcu_expedited=1 panic=-1 oops=panic mitigations=off nokaslr tsc=reliable no_timer_check "
                             "cgroup_no_v1=all random.trust_cpu=on",
                  "-chardev", "file,id=console,path=/dev/stdout", "-serial", "chardev:console",
                  "-mon", "chardev=qmp,mode=control", "-device", "virtio-serial-pci,id=ports"]

@@ -276,7 +276,7 @@ mod tests {
 
     #[test]
     fn a_file_appears_at_its_place_and_nothing_around_it_changes() {
-        let memory = allocate(1 << 20).unwrap();
+        let (memory, copy) = (allocate(1 << 20).unwrap(), allocate(1 << 20).unwrap());
         let (file, bytes) = pattern(20_000);
         // Alike in both (mapped with edges), not alike (copied), and within a page.
         for (at, offset, len) in [(0x1_0123, 0x123, 15_000), (0x2_0000, 5, 9_000), (0x3_0010, 0x1010, 100)] {
@@ -284,7 +284,6 @@ mod tests {
             assert_eq!(read(&memory, at, len), bytes[offset..offset + len]);
             assert_eq!(read(&memory, at - 8, 8), [0; 8]);
             assert_eq!(read(&memory, at + len as u64, 8), [0; 8]);
-            let copy = allocate(1 << 20).unwrap();
             copy_file(&copy, at, &file, offset as u64, len as u64).unwrap();
             assert_eq!(read(&copy, 0, 1 << 20), read(&memory, 0, 1 << 20));
         }

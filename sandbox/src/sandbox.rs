@@ -18,6 +18,8 @@ use crate::vmm::{Sockets, Vmm, VmmError};
 
 /// How long a guest may take to write everything back and power off before its VMM is killed.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How soon a VMM's end follows that of its connections.
+const END_GRACE: Duration = Duration::from_secs(1);
 /// Fresh entropy for a guest: one block of the kernel's input pool hash.
 const ENTROPY_BYTES: usize = 64;
 const _: () = assert!(ENTROPY_BYTES <= MAX_ENTROPY_BYTES);
@@ -244,10 +246,18 @@ impl Booting {
             Some(true) => {}
         }
         let network = self.parts.network.as_ref().map(|network| network.description().clone());
-        tokio::select! {
+        let configured = tokio::select! {
             biased;
             agent = configure_guest(&self.sockets.vsock, &self.config.hostname, network) => agent,
             ended = vmm.wait() => Err(ended.into()),
+        };
+        match configured {
+            // The end of a VM shows first as that of its connections, and says more.
+            Err(error @ SandboxError::Agent(_)) => match tokio::time::timeout(END_GRACE, vmm.wait()).await {
+                Ok(ended) => Err(ended.into()),
+                Err(_) => Err(error),
+            },
+            configured => configured,
         }
     }
 }

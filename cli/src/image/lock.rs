@@ -4,9 +4,8 @@
 //! may be unlinked by whoever holds them exclusively, so a lock counts only if, once it is granted, the
 //! path still leads to the locked file.
 //!
-//! Lock order: a layer's lock, then the store's lock. No process waits for a layer's exclusive lock
-//! while another process that it could be waiting for wants one of its own: shared locks are only kept
-//! on layers that exist, exclusive ones are only waited for on layers that do not.
+//! Lock order: a layer's lock, then the store's lock. No process waits for a layer's exclusive lock: shared ones are kept for
+//! as long as a container lives, and a process that waits for one may hold others.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;

@@ -228,13 +228,14 @@ impl Store {
 
     /// A shared lock on a layer that is there, at the latest once this returns.
     fn layer(&self, blob: &LayerBlob) -> Result<File, ImageError> {
+        let path = self.use_path(&blob.diff_id);
         loop {
+            // Whoever unpacks it is waited for here.
             if let Some(hold) = self.hold_layer(&blob.diff_id)? {
                 return Ok(hold);
             }
-            // Whoever else unpacks it is waited for here, and then it is there.
-            let path = self.use_path(&blob.diff_id);
-            let mut exclusive = lock(&path, Share::Exclusive).map_err(ImageError::io("lock", &path))?;
+            // Not waited for: by the time this was granted, the layer could be there and in use for as long as a container lives.
+            let Some(mut exclusive) = try_lock(&path).map_err(ImageError::io("lock", &path))? else { continue };
             if !self.layer_path(&blob.diff_id).exists() {
                 self.unpack(blob, &mut exclusive)?;
             }

@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use hull_cli::image::Store;
+use hull_cli::image::{Image, Store};
 
 use crate::support::*;
 
@@ -48,19 +49,20 @@ fn count(directory: PathBuf) -> usize {
     fs::read_dir(directory).into_iter().flatten().count()
 }
 
+/// Each as a container would that does not end: whoever comes while another unpacks must not wait for the end of its use.
 #[test]
-fn many_threads_load_one_image_once() {
+fn many_threads_load_one_image_once_and_use_it_together() {
     let bench = Bench::new();
     let source = slow().write(&bench.path("layout"));
-    std::thread::scope(|scope| {
-        for number in 0..6 {
-            let (store, source) = (bench.store.clone(), &source);
-            scope.spawn(move || {
-                let image = store.load(source, Some(&format!("name-{number}"))).unwrap();
-                assert_complete(image.layers());
-            });
-        }
-    });
+    let (loaded, images) = mpsc::channel();
+    for number in 0..6 {
+        let (store, source, loaded) = (bench.store.clone(), source.clone(), loaded.clone());
+        std::thread::spawn(move || loaded.send(store.load(&source, Some(&format!("name-{number}"))).unwrap()));
+    }
+    drop(loaded);
+    let next = || images.recv_timeout(Duration::from_secs(60)).expect("one waits for the others' use to end");
+    let in_use: Vec<Image> = (0..6).map(|_| next()).collect();
+    in_use.iter().for_each(|image| assert_complete(image.layers()));
     assert_eq!(bench.store.list().unwrap().len(), 6);
     assert_eq!((count(bench.path("store/layers")), count(bench.path("store/tmp"))), (3, 0));
 }

@@ -49,15 +49,17 @@ def agent_answers(image):
 
 def resident_kib(pid, memory_mib):
     """Resident memory of a VMM: that of the guest, and all other. Guest memory is one range of addresses, in which parts of
-    the kernel's and the guest image's files may be mapped too."""
-    mappings = []
+    the kernel's file may be mapped too, and the guest's image, which all guests share."""
+    mappings, image = [], 0
     with open(f"/proc/{pid}/smaps") as smaps:
         for line in smaps:
             bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
             if bounds:
                 mappings.append([int(bounds[1], 16), int(bounds[2], 16), 0])
+                is_image = line.endswith("/guest.img\n")
             elif line.startswith("Rss:"):
                 mappings[-1][2] = int(line.split()[1])
+                image += mappings[-1][2] if is_image else 0
     size = memory_mib << 20
     found = []
     # Adjoining mappings that come to the guest's size. The C library reserves ranges of such sizes too, of which little is
@@ -72,7 +74,8 @@ def resident_kib(pid, memory_mib):
             found.append(resident)
     if not found:
         raise SystemExit(f"no range of {memory_mib} MiB among the mappings of the VMM")
-    return max(found), sum(rss for _, _, rss in mappings) - max(found)
+    guest = max(found) + image
+    return guest, sum(rss for _, _, rss in mappings) - guest
 
 
 def runc_bundle(directory):

@@ -70,6 +70,7 @@ pub fn run(host: &Host, config: &BareConfig) -> Result<BareExit, VmmError> {
         vsock: None,
         shares: Vec::new(),
         disks,
+        pmems: Vec::new(),
         nets: Vec::new(),
     };
     let status = spawn_and_wait(host, fds, &vm)?;

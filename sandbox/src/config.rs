@@ -106,9 +106,9 @@ impl SandboxConfig {
     }
 }
 
-/// The words that every guest kernel gets.
-const KERNEL_PARAMS: &str = "console=hvc0 quiet loglevel=3 panic=-1 8250.nr_uarts=0 swiotlb=noforce no_timer_check \
-    tsc=reliable rcupdate.rcu_expedited=1";
+/// The words that every guest kernel gets. The root is the guest's image, read where it lies in the host's page cache.
+const KERNEL_PARAMS: &str = "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro rootwait init=/init console=hvc0 \
+    quiet loglevel=3 panic=-1 8250.nr_uarts=0 swiotlb=noforce no_timer_check tsc=reliable rcupdate.rcu_expedited=1";
 
 fn host_memory_mib() -> u64 {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();

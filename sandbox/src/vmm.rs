@@ -8,8 +8,8 @@ use std::process::Stdio;
 use command_fds::{CommandFdExt, FdMapping};
 use hull_protocol::{READY_PORT, SHARE_TAG};
 use hull_vmm_api::config::{
-    BootConfig, CachePolicy, ConsoleConfig, CpusConfig, GuestPort, MemoryConfig, NetConfig, Resource, ShareConfig,
-    VmConfig, VsockConfig,
+    BootConfig, CachePolicy, ConsoleConfig, CpusConfig, GuestPort, MemoryConfig, NetConfig, PmemConfig, Resource,
+    ShareConfig, VmConfig, VsockConfig,
 };
 use hull_vmm_api::exit::ExitCode;
 use rustix::fs::{Mode, OFlags};
@@ -23,6 +23,8 @@ use crate::network::TapInterface;
 
 /// The context identifier of every guest: sockets of different VMs never meet, since each VM has a Unix socket of its own.
 const GUEST_CID: u32 = 3;
+/// The device that holds the guest's image: `/dev/pmem0`, its root, by the kernel parameters that every guest gets.
+const IMAGE_ID: &str = "image";
 
 /// A VMM that did not start.
 #[derive(Debug, thiserror::Error)]
@@ -105,7 +107,7 @@ impl Vmm {
             memory: MemoryConfig { size_mib: config.memory_mib },
             boot: BootConfig {
                 kernel: fds.add(open(&host.kernel, OFlags::RDONLY)?),
-                initrd: Some(fds.add(open(&host.image, OFlags::RDONLY)?)),
+                initrd: None,
                 cmdline: config.cmdline(),
             },
             console: Some(ConsoleConfig { output: fds.add(console_write), input: None }),
@@ -124,6 +126,7 @@ impl Vmm {
                 cache: CachePolicy::Auto,
             }],
             disks: Vec::new(),
+            pmems: vec![PmemConfig { id: IMAGE_ID.into(), file: fds.add(open(&host.image, OFlags::RDONLY)?) }],
             nets: taps.into_iter().enumerate().map(|(index, tap)| fds.add_net(index, tap)).collect(),
         };
         let control = fds.add_number(listen(&sockets.control)?.into());
@@ -321,6 +324,7 @@ mod tests {
             debug_console: None,
             vsock: None,
             shares: Vec::new(),
+            pmems: Vec::new(),
             disks: Vec::new(),
             nets: Vec::new(),
         };

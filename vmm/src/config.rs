@@ -11,7 +11,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use hull_vmm_api::config::{
     CachePolicy, ConsoleConfig, CpusConfig, DiskConfig, MAX_CMDLINE_BYTES, MAX_CPUS, MAX_MEMORY_MIB, MAX_NET_QUEUES,
-    MIN_MEMORY_MIB, MacAddress, NetConfig, Resource, ShareConfig, VmConfig, VsockConfig,
+    MIN_MEMORY_MIB, MacAddress, NetConfig, PmemConfig, Resource, ShareConfig, VmConfig, VsockConfig,
 };
 
 /// Longest mount tag (virtio 1.3, section 5.11.4).
@@ -75,6 +75,8 @@ pub struct Settings {
     pub disks: Vec<DiskSettings>,
     /// Shares there from the start.
     pub shares: Vec<ShareSettings>,
+    /// Files that are persistent memory.
+    pub pmems: Vec<PmemSettings>,
     /// Network interfaces there from the start.
     pub nets: Vec<NetSettings>,
 }
@@ -113,6 +115,14 @@ pub struct ShareSettings {
     pub read_only: bool,
     /// What the guest may cache.
     pub cache: CachePolicy,
+}
+
+/// Persistent memory.
+pub struct PmemSettings {
+    /// Name in control requests.
+    pub id: String,
+    /// What is in it, at least a byte.
+    pub file: File,
 }
 
 /// A network interface.
@@ -217,6 +227,15 @@ impl Opener {
         let options = File::options().read(true).custom_flags(libc::O_DIRECTORY).clone();
         let root = self.open(&format!("{field}.root"), share.root, &options)?;
         Ok(ShareSettings { id: share.id, root, tag: share.tag, read_only: share.read_only, cache: share.cache })
+    }
+
+    fn pmem(&mut self, field: &str, pmem: PmemConfig) -> Result<PmemSettings, ConfigError> {
+        check_id(field, &pmem.id)?;
+        let file = self.reader(&format!("{field}.file"), pmem.file)?;
+        match file.metadata() {
+            Ok(metadata) if metadata.is_file() && metadata.len() > 0 => Ok(PmemSettings { id: pmem.id, file }),
+            _ => Err(refuse(format!("{field}.file"), "must be a regular file that is not empty")),
+        }
     }
 
     /// Checks a network interface and takes its descriptors.
@@ -345,14 +364,18 @@ impl Settings {
         for (index, share) in config.shares.into_iter().enumerate() {
             shares.push(opener.share(&format!("shares[{index}]"), share)?);
         }
+        let mut pmems = Vec::new();
+        for (index, pmem) in config.pmems.into_iter().enumerate() {
+            pmems.push(opener.pmem(&format!("pmems[{index}]"), pmem)?);
+        }
         let mut nets = Vec::new();
         for (index, net) in config.nets.into_iter().enumerate() {
             nets.push(opener.net(&format!("nets[{index}]"), net)?);
         }
         let all = disks.iter().map(|disk| &disk.id).chain(shares.iter().map(|share| &share.id));
-        let all = all.chain(nets.iter().map(|net| &net.id));
+        let all = all.chain(pmems.iter().map(|pmem| &pmem.id)).chain(nets.iter().map(|net| &net.id));
         if let Some(twice) = all.into_iter().find(|id| !ids.insert(id.as_str())) {
-            return Err(refuse("disks, shares, nets", format!("the name \"{twice}\" is there twice")));
+            return Err(refuse("disks, shares, pmems, nets", format!("the name \"{twice}\" is there twice")));
         }
         Ok(Self {
             cpus: config.cpus,
@@ -365,6 +388,7 @@ impl Settings {
             vsock,
             disks,
             shares,
+            pmems,
             nets,
         })
     }
@@ -433,6 +457,18 @@ mod tests {
         }
         assert!(problem(|json| json["shares"] = serde_json::json!([share("")])).starts_with("shares[0].id"));
         assert_eq!(config(|json| json["shares"] = serde_json::json!([share("a")])).unwrap().shares.len(), 1);
+    }
+
+    #[test]
+    fn persistent_memory_is_a_file_with_something_in_it() {
+        let pmem = |path: &str| serde_json::json!([{"id": "image", "file": {"path": path}}]);
+        for bad in ["/dev/zero", "/proc/self/maps", "/"] {
+            assert!(problem(|json| json["pmems"] = pmem(bad)).starts_with("pmems[0].file: "), "{bad}");
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, "x").unwrap();
+        let path = file.path().to_str().unwrap();
+        assert_eq!(config(|json| json["pmems"] = pmem(path)).unwrap().pmems.len(), 1);
     }
 
     #[test]

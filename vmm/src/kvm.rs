@@ -2,14 +2,15 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::FromRawFd;
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC,
-    KVM_MAX_CPUID_ENTRIES, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
-    kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_userspace_memory_region,
+    KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestMemory as _, GuestMemoryRegion};
@@ -21,9 +22,10 @@ use crate::pci::platform::Platform;
 use crate::virtio::device::GuestMemory;
 
 /// What Hull cannot do without, and what to call it. All of it is in every KVM since Linux 4.13.
-const REQUIRED: [(Cap, &str); 9] = [
+const REQUIRED: [(Cap, &str); 10] = [
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
     (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
@@ -129,12 +131,18 @@ enum Slot {
 }
 
 impl Vm {
-    /// Makes a VM with guest memory in place.
+    /// Makes a VM with guest memory in place, of which the guest may only read the regions in `read_only`.
     ///
     /// # Errors
     ///
     /// When KVM refuses a step.
-    pub fn new(kvm: &Kvm, memory: GuestMemory, interrupts: Interrupts, cpus: u8) -> Result<Arc<Self>, KvmError> {
+    pub fn new(
+        kvm: &Kvm,
+        memory: GuestMemory,
+        read_only: &[Range<u64>],
+        interrupts: Interrupts,
+        cpus: u8,
+    ) -> Result<Arc<Self>, KvmError> {
         let limit = kvm.get_max_vcpus();
         if usize::from(cpus) > limit {
             return Err(KvmError::TooManyCpus { wanted: cpus, limit });
@@ -149,7 +157,7 @@ impl Vm {
             }
         };
         let vm = Self { fd, supported_cpuid, memory, interrupts, routes: Mutex::default() };
-        vm.map_memory()?;
+        vm.map_memory(read_only)?;
         vm.fd.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(setup("place KVM's identity map"))?;
         // The address is below 4 GiB.
         vm.fd.set_tss_address(layout::KVM_TSS as usize).map_err(setup("place KVM's task state segment"))?;
@@ -157,11 +165,12 @@ impl Vm {
         Ok(Arc::new(vm))
     }
 
-    fn map_memory(&self) -> Result<(), KvmError> {
+    fn map_memory(&self, read_only: &[Range<u64>]) -> Result<(), KvmError> {
         for (slot, region) in (0..).zip(self.memory.iter()) {
+            let is_read_only = read_only.iter().any(|range| range.contains(&region.start_addr().0));
             let region = kvm_userspace_memory_region {
                 slot,
-                flags: 0,
+                flags: if is_read_only { KVM_MEM_READONLY } else { 0 },
                 guest_phys_addr: region.start_addr().0,
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,

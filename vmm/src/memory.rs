@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
@@ -58,21 +59,46 @@ pub enum MemoryError {
 ///
 /// When the host refuses that much address space.
 pub fn allocate(size_bytes: u64) -> Result<GuestMemory, MemoryError> {
-    let map = |source| MemoryError::Map { mib: size_bytes >> 20, source };
-    let mut regions = Vec::new();
-    for range in layout::ram(size_bytes) {
-        let len = usize::try_from(range.end - range.start).map_err(io::Error::other).map_err(map)?;
-        let mapping = MmapRegion::build(
-            None,
-            len,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-        )
-        .map_err(|error| map(io::Error::other(error)))?;
-        let out_of_range = MemoryError::OutOfRange { start: range.start, end: range.end };
-        regions.push(GuestRegionMmap::new(mapping, GuestAddress(range.start)).ok_or(out_of_range)?);
+    allocate_with_pmem(size_bytes, &[]).map(|(memory, _)| memory)
+}
+
+/// Reserves guest RAM as [`allocate`] does, and puts each of `files` behind it, filled up with zeros to what
+/// [`layout::pmem`] gives it; the ranges are where they are.
+///
+/// Guest and VMM share a file's pages with all who use it. The guest must be kept from writing (a read-only memory slot); what
+/// a device writes there on its behalf goes to a private copy, and the file stays as it is. It must not be truncated while the
+/// VM lives, which would kill the VM.
+///
+/// # Errors
+///
+/// When the host refuses that much address space, or to map a file.
+pub fn allocate_with_pmem(size_bytes: u64, files: &[&File]) -> Result<(GuestMemory, Vec<Range<u64>>), MemoryError> {
+    let file_sizes = files.iter().map(|file| file.metadata().map(|metadata| metadata.len()));
+    let file_sizes = file_sizes.collect::<io::Result<Vec<_>>>().map_err(MemoryError::ReadFile)?;
+    let pmem = layout::pmem(size_bytes, &file_sizes);
+    let regions = layout::ram(size_bytes).iter().chain(&pmem).map(reserve).collect::<Result<Vec<_>, _>>()?;
+    let memory = Arc::new(GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)?);
+    for ((file, size), range) in files.iter().zip(file_sizes).zip(&pmem) {
+        // With the rest of its last page, which the kernel fills with zeros.
+        map_file(&memory, range.start, file, 0, size)?;
+        leave_out_of_dumps(&memory, range);
     }
-    Ok(Arc::new(GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)?))
+    Ok((memory, pmem))
+}
+
+fn reserve(range: &Range<u64>) -> Result<GuestRegionMmap, MemoryError> {
+    let size = range.end - range.start;
+    let map = |source| MemoryError::Map { mib: size >> 20, source };
+    let len = usize::try_from(size).map_err(io::Error::other).map_err(map)?;
+    let mapping = MmapRegion::build(
+        None,
+        len,
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+    )
+    .map_err(|error| map(io::Error::other(error)))?;
+    let out_of_range = MemoryError::OutOfRange { start: range.start, end: range.end };
+    GuestRegionMmap::new(mapping, GuestAddress(range.start)).ok_or(out_of_range)
 }
 
 /// Puts `len` bytes of `file` from `offset` on at guest address `at`, so that the guest sees a private copy of them.
@@ -182,7 +208,17 @@ fn advise_large_pages(start: *mut u8, len: usize) {
     unsafe { libc::madvise(start.sub(lead).cast(), (lead + len).next_multiple_of(page), libc::MADV_HUGEPAGE) };
 }
 
-/// Maps whole pages of `file` over RAM. All arguments are multiples of the page size.
+/// Keeps what is in files already out of core dumps. The kernel no longer takes the zeros behind a file and the RAM next to
+/// them for one mapping then, so that `/proc/PID/smaps` tells which is which.
+fn leave_out_of_dumps(memory: &GuestMemory, range: &Range<u64>) {
+    for slice in memory.get_slices(GuestAddress(range.start), (range.end - range.start) as usize).flatten() {
+        // SAFETY: the range is a mapping of guest memory, and the advice changes nothing that can be seen.
+        unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), libc::MADV_DONTDUMP) };
+    }
+}
+
+/// Maps pages of `file` over guest memory. Both places are multiples of the page size; the rest of the last page, if it is the
+/// file's last, reads as zeros.
 fn map_file(memory: &GuestMemory, at: u64, file: &File, offset: u64, len: u64) -> Result<(), MemoryError> {
     let out_of_range = MemoryError::OutOfRange { start: at, end: at + len };
     let Ok(len) = usize::try_from(len) else { return Err(out_of_range) };
@@ -229,16 +265,18 @@ fn read_file(memory: &GuestMemory, mut at: u64, file: &File, mut offset: u64, le
     Ok(())
 }
 
-/// Bytes of guest RAM that are in the host's memory, pages of files in its page cache included.
+/// Bytes of guest RAM that are in the host's memory, pages of files in its page cache included. Of `ram`, all of it; persistent
+/// memory is the page cache's own.
 ///
 /// # Errors
 ///
 /// When the kernel refuses to tell.
-pub fn resident_bytes(memory: &GuestMemory) -> io::Result<u64> {
+pub fn resident_bytes(memory: &GuestMemory, ram: &[Range<u64>]) -> io::Result<u64> {
     let page = PAGE_SIZE as usize;
     let mut pages = vec![0u8; RESIDENCY_BATCH];
     let mut resident = 0u64;
-    for region in memory.iter() {
+    let is_ram = |region: &&GuestRegionMmap| ram.iter().any(|range| range.contains(&region.start_addr().0));
+    for region in memory.iter().filter(is_ram) {
         let host = region.as_ptr();
         let len = usize::try_from(region.len()).map_err(io::Error::other)?;
         for start in (0..len).step_by(RESIDENCY_BATCH * page) {
@@ -313,11 +351,26 @@ mod tests {
     }
 
     #[test]
+    fn files_lie_behind_ram_as_they_are_and_stay_it() {
+        let (first, bytes) = pattern(20_000);
+        let (second, _) = pattern(1);
+        let (memory, places) = allocate_with_pmem(1 << 20, &[&first, &second]).unwrap();
+        assert_eq!(places, layout::pmem(1 << 20, &[20_000, 1]));
+        assert_eq!(read(&memory, places[0].start, 20_000), bytes);
+        assert_eq!(read(&memory, places[0].start + 20_000, (2 << 20) - 20_000), vec![0; (2 << 20) - 20_000]);
+        assert_eq!(read(&memory, places[1].start, 2), [0, 0]);
+
+        memory.write_slice(&[0xaa; 8192], GuestAddress(places[0].start)).unwrap();
+        let (again, places) = allocate_with_pmem(1 << 20, &[&first]).unwrap();
+        assert_eq!(read(&again, places[0].start, 20_000), bytes);
+    }
+
+    #[test]
     fn only_touched_memory_is_resident() {
         let memory = allocate(4 << 30).unwrap();
         memory.write_obj(1u8, GuestAddress(5 << 12)).unwrap();
         memory.write_obj(1u8, GuestAddress(4 << 30)).unwrap();
-        let resident = resident_bytes(&memory).unwrap();
+        let resident = resident_bytes(&memory, &layout::ram(4 << 30)).unwrap();
         assert!((8192..4 << 20).contains(&resident), "{resident}");
     }
 }

@@ -2,12 +2,15 @@
 
 mod guest;
 
+use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use guest::{
     COUNTER, POWER_OFF, SCRATCH, Step, VECTOR, failed_step, handle_interrupts, machine, map_devices, run, settings,
 };
 use hull_vmm::arch::layout;
+use hull_vmm::config::PmemSettings;
 use hull_vmm::outcome::Outcome;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -74,6 +77,36 @@ fn what_nobody_answers_to_reads_as_ones() {
 #[test]
 fn an_expectation_that_is_not_met_fails_the_test() {
     assert_outcome(&[Step::Write8(SCRATCH, 1), Step::Expect8(SCRATCH, 2), POWER_OFF], &Outcome::Reset);
+}
+
+#[test]
+fn persistent_memory_reads_as_its_file_and_stays_it() {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&0x1122_3344_u32.to_le_bytes()).unwrap();
+    let copy = file.try_clone().unwrap();
+    // The fifth GiB is mapped as the others are, by a directory of its own.
+    const DIRECTORY: u64 = SCRATCH + 0x4000;
+    let at = layout::pmem(64 << 20, &[4])[0].start;
+    let steps = [
+        Step::Write64(layout::PDPT + 8 * 4, DIRECTORY | 0b11),
+        Step::Write64(DIRECTORY, at | 0b1000_0011),
+        Step::Expect32(at, 0x1122_3344),
+        Step::Expect32(at + 4, 0),
+        Step::Expect32(at + (2 << 20) - 4, 0),
+        // As to a place where nobody is.
+        Step::Write32(at, 7),
+        Step::Expect32(at, 0x1122_3344),
+        POWER_OFF,
+    ];
+    let mut settings = settings(&steps);
+    settings.pmems = vec![PmemSettings { id: "image".to_owned(), file }];
+    let Some(machine) = machine(settings) else { return };
+    let memory = machine.vm().memory().clone();
+    assert_eq!(run(machine), Outcome::PoweredOff, "step {}", failed_step(&memory));
+    assert_eq!(copy.metadata().unwrap().len(), 4);
+    let mut bytes = [0; 4];
+    copy.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(u32::from_le_bytes(bytes), 0x1122_3344);
 }
 
 /// ECAM addresses of the rng device's configuration space, and of an empty place.

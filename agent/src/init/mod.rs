@@ -1,9 +1,8 @@
-//! What PID 1 does before it serves: file systems, a root that containers can leave, cgroups, the loopback
-//! interface. Everything that a first request needs comes before listening, the rest right after it.
+//! What PID 1 does before it serves: file systems, cgroups, the loopback interface. Everything that a first request needs
+//! comes before listening, the rest right after it.
 
 mod cmdline;
 mod mounts;
-mod root;
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -27,7 +26,6 @@ const OPEN_FILES: Rlimit = Rlimit { current: Some(65_536), maximum: Some(1 << 20
 
 /// What must be there before the agent can listen and answer.
 pub(crate) fn early() -> Result<()> {
-    root::make_movable()?;
     mounts::mount_early()?;
     crate::log::start(log_level(), true);
     Ok(())

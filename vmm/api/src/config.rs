@@ -57,6 +57,9 @@ pub struct VmConfig {
     /// Files and block devices that the guest sees through virtio-blk.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
+    /// Files that the guest sees as persistent memory, and reads where they lie in the host's page cache.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pmems: Vec<PmemConfig>,
     /// Taps of the host that the guest sees as network interfaces.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,
@@ -177,6 +180,16 @@ pub struct DiskConfig {
     /// What the guest reads as the disk's serial number, at most 20 bytes (virtio 1.3, section 5.2.6).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
+}
+
+/// A file that the guest sees as persistent memory through virtio-pmem, always read-only.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemConfig {
+    /// Name of the device in control requests, unique in the VM.
+    pub id: String,
+    /// The file, which nobody may change or shorten while the VM lives.
+    pub file: Resource,
 }
 
 /// A tap of the host that the guest sees as a network interface through virtio-net.

@@ -45,6 +45,8 @@ pub enum DeviceKind {
     Vsock = 19,
     /// Section 5.11.
     Fs = 26,
+    /// Section 5.19.
+    Pmem = 27,
 }
 
 impl DeviceKind {
@@ -59,6 +61,7 @@ impl DeviceKind {
             Self::Balloon => "balloon",
             Self::Vsock => "vsock",
             Self::Fs => "fs",
+            Self::Pmem => "pmem",
         }
     }
 }

@@ -10,6 +10,7 @@ pub mod device;
 pub mod fs;
 pub mod net;
 pub mod pci;
+pub mod pmem;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]

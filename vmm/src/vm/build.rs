@@ -28,6 +28,7 @@ use crate::virtio::console::Console;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::fs::Fs;
 use crate::virtio::net::Net;
+use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 
@@ -98,16 +99,18 @@ fn host(step: &'static str) -> impl Fn(std::io::Error) -> BuildError {
 /// When any step fails; nothing is left then.
 pub fn build(settings: Settings, kvm: &Kvm) -> Result<Machine, BuildError> {
     let ending = Arc::new(Ending::new().map_err(host("create an event descriptor"))?);
-    let memory = memory::allocate(settings.memory_mib << 20)?;
+    let ram = layout::ram(settings.memory_mib << 20);
+    let files: Vec<_> = settings.pmems.iter().map(|pmem| &pmem.file).collect();
+    let (memory, pmem) = memory::allocate_with_pmem(settings.memory_mib << 20, &files)?;
     let interrupts = if settings.debug_console.is_some() { Interrupts::MessagesAndLines } else { Interrupts::Messages };
     let cpus = settings.cpus.max;
-    let vm = Vm::new(kvm, memory.clone(), interrupts, cpus)?;
+    let vm = Vm::new(kvm, memory.clone(), &pmem, interrupts, cpus)?;
 
     let kernel = loader::load_kernel(&memory, &settings.kernel)?;
     let initrd = settings.initrd.as_ref().map(|file| loader::load_initrd(&memory, file, &kernel)).transpose()?;
     let machine = acpi::Machine { cpus, io_apic: interrupts == Interrupts::MessagesAndLines };
     let rsdp = acpi::write_tables(&memory, machine)?;
-    boot::write_boot_structures(&memory, &settings.cmdline, initrd.as_ref(), rsdp)?;
+    boot::write_boot_structures(&memory, &ram, &settings.cmdline, initrd.as_ref(), rsdp)?;
 
     let serial = match settings.debug_console {
         Some(output) => Some(Serial::new(output, vm.interrupt_line(layout::IRQ_SERIAL)?)),
@@ -122,6 +125,9 @@ pub fn build(settings: Settings, kvm: &Kvm) -> Result<Machine, BuildError> {
     let event_loop = EventLoop::new().map_err(host("create an event loop"))?;
     let mut machine = Machine::new(vm, board, Vcpus::new()?, event_loop.clone(), ending, settings.memory_mib);
     plug_devices(&mut machine, settings.console, settings.vsock)?;
+    for (settings, range) in settings.pmems.into_iter().zip(pmem) {
+        machine.plug(&settings.id, Box::new(Pmem::new(event_loop.clone(), range)))?;
+    }
     for settings in settings.disks {
         machine.plug(&settings.id.clone(), disk(settings)?)?;
     }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use hull_vmm_api::config::{DiskConfig, NetConfig, ShareConfig};
 use hull_vmm_api::control::{Counters, Device, State, Status};
 
+use crate::arch::layout;
 use crate::board::Board;
 use crate::config::{ConfigError, Opener, RESERVED_IDS};
 use crate::event_loop::EventLoop;
@@ -250,7 +251,8 @@ impl Machine {
             .map(|(id, counters)| (id, counters.into_iter().map(|(name, count)| (name.to_owned(), count)).collect()))
             .collect();
         // The kernel has no reason to refuse the question; if it does, nothing is known.
-        let guest_resident_bytes = memory::resident_bytes(self.vm.memory()).unwrap_or(0);
+        let guest_resident_bytes =
+            memory::resident_bytes(self.vm.memory(), &layout::ram(self.memory_mib << 20)).unwrap_or(0);
         Counters { exits: self.vcpus.exits(), devices, details, guest_resident_bytes }
     }
 }

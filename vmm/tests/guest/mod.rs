@@ -264,6 +264,7 @@ pub(crate) fn settings(steps: &[Step]) -> Settings {
         vsock: None,
         disks: Vec::new(),
         nets: Vec::new(),
+        pmems: Vec::new(),
         shares: Vec::new(),
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use hull_vmm_api::config::MAX_CMDLINE_BYTES;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
-use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryError, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::layout;
 use crate::virtio::device::GuestMemory;
@@ -44,13 +44,14 @@ pub enum BootError {
     Memory(#[from] GuestMemoryError),
 }
 
-/// Writes everything that the boot processor's registers (see [`super::registers`]) refer to.
+/// Writes everything that the boot processor's registers (see [`super::registers`]) refer to. `ram` is all of the guest's RAM.
 ///
 /// # Errors
 ///
 /// When the command line is too long.
 pub fn write_boot_structures(
     memory: &GuestMemory,
+    ram: &[Range<u64>],
     cmdline: &str,
     initrd: Option<&Range<u64>>,
     rsdp: u64,
@@ -60,7 +61,7 @@ pub fn write_boot_structures(
     }
     memory.write_slice(cmdline.as_bytes(), GuestAddress(layout::CMDLINE))?;
     memory.write_obj(0u8, GuestAddress(layout::CMDLINE + cmdline.len() as u64))?;
-    memory.write_obj(zero_page(memory, cmdline, initrd, rsdp), GuestAddress(layout::BOOT_PARAMS))?;
+    memory.write_obj(zero_page(ram, cmdline, initrd, rsdp), GuestAddress(layout::BOOT_PARAMS))?;
     for (index, descriptor) in (0..).zip(GDT) {
         memory.write_obj(descriptor, GuestAddress(layout::GDT + 8 * index))?;
     }
@@ -80,7 +81,7 @@ fn write_page_tables(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
     memory.write_slice(&directory, GuestAddress(layout::PAGE_DIRECTORY))
 }
 
-fn zero_page(memory: &GuestMemory, cmdline: &str, initrd: Option<&Range<u64>>, rsdp: u64) -> boot_params {
+fn zero_page(ram: &[Range<u64>], cmdline: &str, initrd: Option<&Range<u64>>, rsdp: u64) -> boot_params {
     let mut params = boot_params::default();
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HEADER_MAGIC;
@@ -95,23 +96,22 @@ fn zero_page(memory: &GuestMemory, cmdline: &str, initrd: Option<&Range<u64>>, r
         params.hdr.ramdisk_size = (initrd.end - initrd.start) as u32;
     }
     params.acpi_rsdp_addr = rsdp;
-    let map = e820_map(memory);
+    let map = e820_map(ram);
     params.e820_entries = map.len() as u8;
     params.e820_table[..map.len()].copy_from_slice(&map);
     params
 }
 
 /// What lies where, for the kernel's memory management. What has no entry does not exist for it.
-fn e820_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
+fn e820_map(ram: &[Range<u64>]) -> Vec<boot_e820_entry> {
     let entry = |range: Range<u64>, type_| boot_e820_entry { addr: range.start, size: range.end - range.start, type_ };
     let mut map = vec![
         entry(layout::LOW_RAM, E820_RAM),
         entry(layout::VM_GENERATION_ID..layout::ACPI_TABLES.start, E820_RESERVED),
         entry(layout::ACPI_TABLES, E820_ACPI),
     ];
-    for region in memory.iter() {
-        let start = region.start_addr().0.max(layout::HIGH_RAM_START);
-        map.push(entry(start..region.last_addr().0 + 1, E820_RAM));
+    for range in ram {
+        map.push(entry(range.start.max(layout::HIGH_RAM_START)..range.end, E820_RAM));
     }
     map.push(entry(layout::PCI_ECAM, E820_RESERVED));
     map
@@ -125,7 +125,8 @@ mod tests {
     #[test]
     fn the_kernel_finds_its_command_line_initrd_and_tables() {
         let memory = allocate(64 << 20).unwrap();
-        write_boot_structures(&memory, "quiet", Some(&(0x3f0_0000..0x3f0_0123)), 0x9_f000).unwrap();
+        write_boot_structures(&memory, &layout::ram(64 << 20), "quiet", Some(&(0x3f0_0000..0x3f0_0123)), 0x9_f000)
+            .unwrap();
         let params: boot_params = memory.read_obj(GuestAddress(layout::BOOT_PARAMS)).unwrap();
         let mut text = [0xff; 6];
         memory.read_slice(&mut text, GuestAddress(u64::from(params.hdr.cmd_line_ptr))).unwrap();
@@ -137,8 +138,7 @@ mod tests {
 
     #[test]
     fn the_memory_map_covers_all_ram_but_the_firmware_area() {
-        let memory = allocate(5 << 30).unwrap();
-        let ram: Vec<_> = e820_map(&memory)
+        let ram: Vec<_> = e820_map(&layout::ram(5 << 30))
             .iter()
             .filter(|entry| { entry.type_ } == E820_RAM)
             .map(|entry| (entry.addr, entry.addr + entry.size))
@@ -150,8 +150,8 @@ mod tests {
     fn a_command_line_that_does_not_fit_is_refused() {
         let memory = allocate(64 << 20).unwrap();
         let fits = "x".repeat(MAX_CMDLINE_BYTES - 1);
-        write_boot_structures(&memory, &fits, None, 0).unwrap();
-        let error = write_boot_structures(&memory, &(fits + "x"), None, 0).unwrap_err();
+        write_boot_structures(&memory, &[], &fits, None, 0).unwrap();
+        let error = write_boot_structures(&memory, &[], &(fits + "x"), None, 0).unwrap_err();
         assert!(matches!(error, BootError::CmdlineTooLong(MAX_CMDLINE_BYTES)));
     }
 }

@@ -15,7 +15,8 @@
 //!             │   0xfec0_0000  I/O APIC             (with a debug console only)
 //!             │   0xfee0_0000  local APICs
 //!             │   0xfeff_c000  KVM's own pages      (Intel only)
-//! 0x1_0000_0000 ┴ RAM beyond 3 GiB
+//! 0x1_0000_0000 ┼ RAM beyond 3 GiB
+//!               ┴ persistent memory, behind all RAM, on 2 MiB boundaries
 //! ```
 
 use std::ops::Range;
@@ -90,6 +91,21 @@ pub fn ram(size_bytes: u64) -> Vec<Range<u64>> {
     [0..low, high].into_iter().filter(|range| !range.is_empty()).collect()
 }
 
+/// What Linux maps persistent memory in units of: a subsection of its memory map.
+pub const PMEM_ALIGNMENT: u64 = 2 << 20;
+
+/// Where pieces of persistent memory lie, one of at least each of these sizes, beside `size_bytes` of RAM.
+#[must_use]
+pub fn pmem(size_bytes: u64, sizes: &[u64]) -> Vec<Range<u64>> {
+    let ram_end = ram(size_bytes).last().map_or(0, |range| range.end);
+    let mut start = ram_end.max(HOLE.end).next_multiple_of(PMEM_ALIGNMENT);
+    let mut place = |size: &u64| {
+        let end = start.saturating_add(*size).checked_next_multiple_of(PMEM_ALIGNMENT).unwrap_or(u64::MAX);
+        std::mem::replace(&mut start, end)..end
+    };
+    sizes.iter().map(&mut place).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,6 +116,17 @@ mod tests {
         assert_eq!(ram(3 << 30), std::iter::once(0..3 << 30).collect::<Vec<_>>());
         assert_eq!(ram((3 << 30) + 4096), [0..3 << 30, 4 << 30..(4 << 30) + 4096]);
         assert_eq!(ram(512 << 30).iter().map(|r| r.end - r.start).sum::<u64>(), 512 << 30);
+    }
+
+    #[test]
+    fn persistent_memory_lies_behind_all_ram() {
+        assert_eq!(
+            pmem(128 << 20, &[1, 2 << 20]),
+            [4 << 30..(4 << 30) + (2 << 20), (4 << 30) + (2 << 20)..(4 << 30) + (4 << 20)]
+        );
+        assert_eq!(pmem(4 << 30, &[3 << 20])[0].start, 5 << 30);
+        assert_eq!(pmem((4 << 30) + (1 << 20), &[1])[0].start, (5 << 30) + (2 << 20));
+        assert_eq!(pmem(1 << 30, &[u64::MAX])[0].end, u64::MAX);
     }
 
     #[test]

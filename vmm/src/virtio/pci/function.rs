@@ -201,7 +201,7 @@ fn identity(kind: DeviceKind) -> Identity {
     let class = match kind {
         // Ethernet; mass storage, other; simple communication, other; otherwise no class that fits.
         DeviceKind::Net => 0x02_0000,
-        DeviceKind::Block | DeviceKind::Fs => 0x01_8000,
+        DeviceKind::Block | DeviceKind::Fs | DeviceKind::Pmem => 0x01_8000,
         DeviceKind::Console | DeviceKind::Vsock => 0x07_8000,
         DeviceKind::Rng | DeviceKind::Balloon => 0xff_0000,
     };

@@ -57,7 +57,10 @@ fn many_threads_load_one_image_once_and_use_it_together() {
     let (loaded, images) = mpsc::channel();
     for number in 0..6 {
         let (store, source, loaded) = (bench.store.clone(), source.clone(), loaded.clone());
-        std::thread::spawn(move || loaded.send(store.load(&source, Some(&format!("name-{number}"))).unwrap()));
+        std::thread::spawn(move || {
+            let image = store.load(&source, Some(&format!("name-{number}"))).unwrap();
+            loaded.send(image).unwrap();
+        });
     }
     drop(loaded);
     let next = || images.recv_timeout(Duration::from_secs(60)).expect("one waits for the others' use to end");

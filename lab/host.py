@@ -361,8 +361,8 @@ def parse_arguments(arguments):
                         help="make DIR visible at the same path, writable; may be repeated")
     parser.add_argument("-i", dest="interactive", action="store_true",
                         help="pass standard input on, as a terminal if it is one")
-    parser.add_argument("--containerd", action="store_true",
-                        help="have containerd run, with Hull as a runtime and the built images imported")
+    parser.add_argument("--containerd", nargs="?", const="1.7", choices=("1.7", "2"), metavar="VERSION",
+                        help="have containerd run (1.7, or 2), with Hull as a runtime and the built images imported")
     parser.add_argument("--cold", action="store_true", help="boot, even where a saved state would do")
     parser.add_argument("--console", action="store_true", help="show the lab's console on standard error")
     split = arguments.index("--") if "--" in arguments else len(arguments)
@@ -396,7 +396,7 @@ def main(repo, images, *arguments):
         images = os.path.realpath(images)
         shares = share_list(repo, options.share)
         if options.containerd:
-            options.command = [f"{repo}/lab/with-containerd", repo, *options.command]
+            options.command = [f"{repo}/lab/with-containerd", repo, options.containerd, *options.command]
         stage, has_stage = make_stage(repo)
         warm = shape.is_usual and not options.cold
         if warm:

@@ -11,6 +11,7 @@ mod cpus;
 mod devices;
 mod error;
 mod events;
+mod files;
 mod forward;
 mod helper;
 mod init;

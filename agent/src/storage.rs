@@ -9,6 +9,7 @@ use tokio::task::spawn_blocking;
 use crate::container::spec::check_path;
 use crate::devices::{PciAddress, wait_for_block_device};
 use crate::error::{Error, Result, Step};
+use crate::files::{self, File};
 
 /// The kernel takes a page of options and the zero byte behind it.
 const MAX_DATA_BYTES: usize = 4095;
@@ -30,6 +31,8 @@ pub(crate) struct Storage {
     pub(crate) fstype: String,
     pub(crate) options: Vec<String>,
     pub(crate) mount_point: PathBuf,
+    /// What it holds from the start.
+    pub(crate) files: Vec<File>,
 }
 
 /// A file system that the agent has mounted.
@@ -61,7 +64,14 @@ impl Storage {
             if let Some(propagation) = options.propagation {
                 mount_change(target, propagation).step("set the mount's propagation")?;
             }
-            Ok(Mounted(self.mount_point))
+            let mounted = Mounted(self.mount_point);
+            if !self.files.is_empty()
+                && let Err(error) = files::update(&mounted.0, &self.files)
+            {
+                let _ = unmount_now(&mounted.0);
+                return Err(error);
+            }
+            Ok(mounted)
         })
         .await
         .step("mount")?
@@ -69,6 +79,11 @@ impl Storage {
 }
 
 impl Mounted {
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
     /// Unmounts, at once if it is not in use. Otherwise the mount point is free at once and the rest follows with
     /// the last use.
     pub(crate) async fn unmount(self) -> std::result::Result<(), (Self, Error)> {

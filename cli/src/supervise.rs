@@ -155,7 +155,7 @@ async fn run(
     let agent = running.agent().clone();
     let before = |error: Error| Failure { started: false, error };
     let launch = async {
-        let (process, connections) = Process::create(&agent, &record.id, spec, streams).await?;
+        let (process, connections) = Process::create(&agent, &record.id, spec, streams, Vec::new()).await?;
         process.start().await?;
         Ok::<_, AgentError>((process, connections))
     };

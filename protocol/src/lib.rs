@@ -5,7 +5,7 @@
 #![deny(unsafe_code)]
 
 /// Version of the protocol. Sides with equal majors understand each other; a minor only adds.
-pub const VERSION: (u32, u32) = (1, 1);
+pub const VERSION: (u32, u32) = (1, 2);
 
 /// The vsock port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -28,6 +28,8 @@ pub const FORWARD_REFUSED: u8 = 1;
 
 /// Bytes of a stream's token, the first that the host sends on it.
 pub const STREAM_TOKEN_BYTES: usize = 16;
+/// Most bytes of files that one request may carry: a message holds 4 MiB with all that is around them.
+pub const MAX_FILES_BYTES: usize = 3 << 20;
 /// Longest container or exec identifier, in bytes (containerd allows 76).
 pub const MAX_ID_BYTES: usize = 128;
 /// Most entropy, in bytes, that one request may carry.
@@ -35,6 +37,8 @@ pub const MAX_ENTROPY_BYTES: usize = 512;
 
 /// The kernel's name, by tag, of the share with everything that the sandbox library prepares for its containers.
 pub const SHARE_TAG: &str = "hull";
+/// Where the guest has file systems of single containers that hold files of the host's: `CONTAINER/N` below it.
+pub const FILES_DIRECTORY: &str = "/run/hull/files";
 /// Where the guest mounts that share.
 pub const SHARE_MOUNT_POINT: &str = "/run/hull/shared";
 

@@ -6,8 +6,9 @@
 use std::os::unix::net::UnixStream;
 
 use hull_protocol::agent::{
-    ContainerRequest, ContainerStatsResponse, CreateContainerRequest, ExecProcessRequest, ExitStatus, Io,
-    ListPidsResponse, ProcessRequest, ResizeTtyRequest, SignalProcessRequest, UpdateContainerRequest, WindowSize,
+    ContainerRequest, ContainerStatsResponse, CreateContainerRequest, ExecProcessRequest, ExitStatus, File, Io,
+    ListPidsResponse, ProcessRequest, ResizeTtyRequest, SignalProcessRequest, Storage, UpdateContainerRequest,
+    UpdateFilesRequest, WindowSize,
 };
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec, Spec};
 
@@ -58,7 +59,8 @@ impl Process {
         Self { agent: agent.clone(), container_id: container_id.to_owned(), exec_id: String::new() }
     }
 
-    /// Creates a container from `spec`, whose paths are the guest's. Its program does not run before [`Process::start`].
+    /// Creates a container from `spec`, whose paths are the guest's, with file systems of its own. Its program does not run
+    /// before [`Process::start`].
     ///
     /// # Errors
     ///
@@ -68,12 +70,14 @@ impl Process {
         container_id: &str,
         spec: &Spec,
         streams: Streams,
+        storages: Vec<Storage>,
     ) -> Result<(Self, Connections), AgentError> {
         let (io, connections) = open_streams(agent, streams).await?;
         let request = CreateContainerRequest {
             container_id: container_id.to_owned(),
             spec: json(spec)?,
             io: Some(io).into(),
+            storages,
             ..Default::default()
         };
         answer("CreateContainer", agent.container.create_container(long(), &request).await)?;
@@ -103,6 +107,21 @@ impl Process {
         answer("ExecProcess", agent.container.exec_process(long(), &request).await)?;
         let process = Self { agent: agent.clone(), container_id: container_id.to_owned(), exec_id: exec_id.to_owned() };
         Ok((process, connections))
+    }
+
+    /// Makes one of the container's own file systems hold these files and no others.
+    ///
+    /// # Errors
+    ///
+    /// Fails where the container is gone or the files have no room.
+    pub async fn update_files(&self, mount_point: &str, files: Vec<File>) -> Result<(), AgentError> {
+        let request = UpdateFilesRequest {
+            container_id: self.container_id.clone(),
+            mount_point: mount_point.to_owned(),
+            files,
+            ..Default::default()
+        };
+        answer("UpdateFiles", self.agent.container.update_files(long(), &request).await).map(drop)
     }
 
     /// Lets the program of a created container run.

@@ -18,6 +18,7 @@ mod error;
 mod events;
 mod flags;
 mod launch;
+mod live;
 mod pod;
 mod process;
 mod sandbox;

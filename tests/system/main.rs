@@ -5,6 +5,7 @@ mod boot;
 mod cni;
 mod containerd;
 mod containers;
+mod cri;
 mod exec;
 mod isolation;
 mod lifecycle;

@@ -25,6 +25,7 @@ pub(crate) mod spec;
 mod start;
 mod stats;
 mod update;
+mod update_files;
 mod wait;
 
 use std::collections::{HashMap, HashSet};

@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use hull_protocol::agent::{
     ContainerRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, Empty,
     ExecProcessRequest, ExecProcessResponse, ListPidsResponse, Pid, ProcessRequest, ResizeTtyRequest,
-    SignalProcessRequest, UpdateContainerRequest, WaitProcessResponse,
+    SignalProcessRequest, UpdateContainerRequest, UpdateFilesRequest, WaitProcessResponse,
 };
 use hull_protocol::agent_ttrpc::ContainerService;
 use ttrpc::r#async::TtrpcContext;
@@ -85,6 +85,13 @@ impl ContainerService for Services {
     async fn update_container(&self, _: &TtrpcContext, request: UpdateContainerRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.container_id)?;
         detached(async move { container.update(&request.resources).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn update_files(&self, _: &TtrpcContext, request: UpdateFilesRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.container_id)?;
+        let files = convert::files(request.files)?;
+        detached(async move { container.update_files(request.mount_point.as_ref(), files).await }).await?;
         Ok(Empty::new())
     }
 

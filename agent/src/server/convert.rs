@@ -1,6 +1,6 @@
 //! Wire messages to the agent's own types and back. What comes in is checked here, once.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use hull_protocol::agent as wire;
 use hull_protocol::{MAX_ID_BYTES, STREAM_TOKEN_BYTES};
@@ -10,6 +10,7 @@ use crate::cgroup::stats::{Pressure, PressureLine, Stats};
 use crate::container::spec::check_path;
 use crate::error::{Error, Result};
 use crate::events::{Event, ExitStatus, What};
+use crate::files::{self, File};
 use crate::storage::{Source, Storage};
 use crate::streams::parking::Token;
 use crate::streams::stdio::{Io, WindowSize};
@@ -85,7 +86,29 @@ fn storage(storage: wire::Storage) -> Result<Storage> {
     if mount_point == Path::new("/") {
         return Err(Error::invalid("storages.mount_point", "is the guest's root"));
     }
-    Ok(Storage { source, fstype: storage.fstype, options: storage.options, mount_point })
+    let files = files(storage.files)?;
+    Ok(Storage { source, fstype: storage.fstype, options: storage.options, mount_point, files })
+}
+
+pub(super) fn files(files: Vec<wire::File>) -> Result<Vec<File>> {
+    files.into_iter().map(file).collect()
+}
+
+fn file(file: wire::File) -> Result<File> {
+    let path = PathBuf::from(file.path);
+    if !path.components().all(|component| matches!(component, Component::Normal(_))) {
+        return Err(Error::invalid("files.path", format!("{} is not a plain relative path", path.display())));
+    }
+    let what = match file.what {
+        Some(wire::file::What::Directory(_)) => files::What::Directory,
+        Some(wire::file::What::Contents(contents)) => files::What::Contents(contents),
+        Some(wire::file::What::Link(target)) => files::What::Link(target),
+        Some(_) | None => return Err(Error::invalid("files.what", "is missing")),
+    };
+    if path.as_os_str().is_empty() && !matches!(what, files::What::Directory) {
+        return Err(Error::invalid("files.path", "the mount point is a directory"));
+    }
+    Ok(File { path, mode: file.mode & 0o7777, uid: file.uid, gid: file.gid, what })
 }
 
 pub(super) fn exit_status(status: ExitStatus) -> wire::ExitStatus {

@@ -1,5 +1,6 @@
-//! The system calls that the sandbox library makes and no safe crate offers, behind safe functions, so that the library
-//! itself can forbid `unsafe`.
+//! The system calls that the sandbox library and the shim make and no safe crate offers, behind safe functions, so that these
+//! can forbid `unsafe`.
 
+pub mod readiness;
 pub mod steer;
 pub mod tap;

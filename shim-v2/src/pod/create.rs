@@ -16,6 +16,7 @@ use protobuf::MessageField;
 use super::{Container, Pod};
 use crate::annotations::{self, Limits, Role};
 use crate::error::{Error, Result};
+use crate::live::{Followers, LiveVolume};
 use crate::process::{Body, Exit, Process};
 use crate::spec;
 use crate::streams::{Ends, Pumps, Stdio};
@@ -48,7 +49,7 @@ impl Pod {
             return Err(Error::Exists(format!("there is a container {} already", request.id)));
         }
         let ends = request.stdio.open(&self.namespace, &request.id).await?;
-        let process = match &role {
+        let (process, followers) = match &role {
             Role::Single | Role::Sandbox => self.create_first(&request, spec, role == Role::Sandbox, ends).await?,
             Role::Member(sandbox) if *sandbox == self.id => self.create_member(&request, spec, ends).await?,
             Role::Member(sandbox) => {
@@ -73,7 +74,12 @@ impl Pod {
                 ..Default::default()
             },
         );
-        let container = Container { bundle: request.bundle, init: process.clone(), execs: Default::default() };
+        let container = Container {
+            bundle: request.bundle,
+            init: process.clone(),
+            _followers: followers,
+            execs: Default::default(),
+        };
         self.lock().containers.insert(request.id, container);
         self.watch(process);
         Ok(pid)
@@ -86,7 +92,7 @@ impl Pod {
         spec: Spec,
         is_sandbox: bool,
         ends: Ends,
-    ) -> Result<Arc<Process>> {
+    ) -> Result<(Arc<Process>, Followers)> {
         if self.lock().vm.is_some() {
             return Err(Error::Exists(format!("the pod {} has a virtual machine already", self.id)));
         }
@@ -109,10 +115,13 @@ impl Pod {
         if booted.is_err() {
             self.stop_vm().await;
         }
-        let (vm, guest_spec) = booted?;
-        let process = match guest_spec {
-            None => Ok(Arc::new(Process::new(&request.id, "", request.stdio.clone(), Body::Nothing))),
-            Some(guest_spec) => launch(&vm, request, &guest_spec, ends).await,
+        let (vm, prepared) = booted?;
+        let process = match prepared {
+            None => {
+                let process = Process::new(&request.id, "", request.stdio.clone(), Body::Nothing);
+                Ok((Arc::new(process), Followers::default()))
+            }
+            Some(prepared) => launch(&vm, request, prepared, ends).await,
         };
         match process {
             Ok(process) => {
@@ -138,12 +147,12 @@ impl Pod {
     }
 
     /// Creates a container in the pod's VM.
-    async fn create_member(&self, request: &Create, spec: Spec, ends: Ends) -> Result<Arc<Process>> {
+    async fn create_member(&self, request: &Create, spec: Spec, ends: Ends) -> Result<(Arc<Process>, Followers)> {
         let vm = self.vm()?;
         let plan = Plan::new(request);
         let prepared = vm.with_share(move |share| plan.prepare(share, spec)).await?;
         let created = match prepared {
-            Ok(guest_spec) => launch(&vm, request, &guest_spec, ends).await,
+            Ok(prepared) => launch(&vm, request, prepared, ends).await,
             Err(error) => Err(error),
         };
         if created.is_err() {
@@ -192,16 +201,19 @@ impl Pod {
 }
 
 /// Creates the guest's container and connects its streams.
-async fn launch(vm: &Vm, request: &Create, spec: &Spec, ends: Ends) -> Result<Arc<Process>> {
+async fn launch(vm: &Vm, request: &Create, prepared: Prepared, ends: Ends) -> Result<(Arc<Process>, Followers)> {
     let streams = request.stdio.streams();
-    let (guest, connections) = match GuestProcess::create(vm.agent(), &request.id, spec, streams).await {
+    let storages = prepared.live.iter().map(LiveVolume::storage).collect();
+    let created = GuestProcess::create(vm.agent(), &request.id, &prepared.spec, streams, storages).await;
+    let (guest, connections) = match created {
         Ok(created) => created,
         Err(error) => return Err(vm.explain(error).await),
     };
     let pumps = Pumps::start(connections, ends, request.stdio.terminal).map_err(Error::host("cannot carry streams"))?;
+    let followers = Followers::start(prepared.live, &guest);
     let process = Process::new(&request.id, "", request.stdio.clone(), Body::Nothing);
     process.set_guest(guest, pumps);
-    Ok(Arc::new(process))
+    Ok((Arc::new(process), followers))
 }
 
 /// A pod of one container is as large as that is allowed to get.
@@ -215,6 +227,13 @@ fn own_limits(spec: &Spec) -> Limits {
         cpu_quota_us: positive(cpu.and_then(|cpu| cpu.quota())),
         cpu_period_us: cpu.and_then(|cpu| cpu.period()).unwrap_or(0),
     }
+}
+
+/// A container as the guest can make it.
+#[derive(Debug)]
+struct Prepared {
+    spec: Spec,
+    live: Vec<LiveVolume>,
 }
 
 /// What brings a container's files into the tree that the guest sees.
@@ -235,7 +254,7 @@ impl Plan {
     }
 
     /// Fills the tree and makes the guest's specification.
-    fn prepare(&self, share: &Share, spec: Spec) -> Result<Spec> {
+    fn prepare(&self, share: &Share, spec: Spec) -> Result<Prepared> {
         let root = if self.rootfs.is_empty() {
             let path = spec.root().as_ref().map_or(Path::new("rootfs"), |root| root.path());
             let path = self.bundle.join(path);
@@ -246,6 +265,15 @@ impl Plan {
         } else {
             share.add_mounted_root(&self.id, &self.rootfs)?
         };
-        spec::translate(spec, &root, |placed| Ok(share.add_volume(&self.id, placed.index, &placed.volume)?))
+        let mut live = Vec::new();
+        let spec = spec::translate(spec, &root, |placed| {
+            if let Some(volume) = LiveVolume::take(&placed.volume, &self.id, placed.index, &live) {
+                let mount_point = volume.mount_point().to_owned();
+                live.push(volume);
+                return Ok(mount_point);
+            }
+            Ok(share.add_volume(&self.id, placed.index, &placed.volume)?)
+        })?;
+        Ok(Prepared { spec, live })
     }
 }

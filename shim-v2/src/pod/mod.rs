@@ -28,6 +28,7 @@ use self::sandbox::Sandbox;
 
 use crate::error::{Error, Result};
 use crate::events::Publisher;
+use crate::live::Followers;
 use crate::process::Process;
 use crate::vm::Vm;
 
@@ -65,6 +66,8 @@ struct State {
 struct Container {
     bundle: String,
     init: Arc<Process>,
+    /// Keeps its volumes up to date, until it is dropped.
+    _followers: Followers,
     execs: HashMap<String, Arc<Process>>,
 }
 

@@ -1,0 +1,295 @@
+//! Pods by CRI, as the kubelet asks for them. What a client sees of each is compared with what it sees of the same pod with runc.
+//!
+//! `lab/run --containerd` and `--containerd=2` have what these need; see `tests/run`.
+
+use std::io::Read;
+use std::net::TcpStream;
+use std::path::Path;
+
+use fixture::cri::api::PortMapping;
+use fixture::cri::{Code, Executed, Pod, STDERR, STDIN, STDOUT, debian, eventually, handlers_and_runc, is_hull};
+
+/// A port of the node that is published.
+const HOST_PORT: u16 = 18080;
+
+/// What a client sees of the life of a pod with a container.
+#[derive(Debug, PartialEq, Eq)]
+struct Seen {
+    exit_code: i32,
+    reason: String,
+    log: Vec<String>,
+    output: String,
+    failure: (i32, String, String),
+}
+
+#[test]
+fn a_container_lives_from_run_to_remove() {
+    let seen: Vec<Seen> = handlers_and_runc().map(live).collect();
+    for other in &seen[1..] {
+        assert_eq!(seen[0], *other);
+    }
+}
+
+fn live(handler: &str) -> Seen {
+    let pod = Pod::start(handler, |_| {});
+    assert_eq!(pod.status().state, 0, "the pod is ready");
+    let script = "echo out; echo err >&2; trap 'echo asked; exit 9' TERM; while :; do sleep 0.1; done";
+    let container = pod.run("main", script, |config| {
+        config.linux.mut_or_insert_default().resources.mut_or_insert_default().memory_limit_in_bytes = 64 << 20;
+    });
+    container.logs("stdout F out");
+    container.logs("stderr F err");
+    let kernel = container.exec("uname -r");
+    let host = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    assert_eq!(kernel != host.trim(), is_hull(handler), "{handler} runs on {kernel}");
+    let output = container.exec("hostname; id -u; cat /sys/fs/cgroup/memory.max; ls -d /proc/1");
+    let failure = container.try_exec("echo partly; echo wrong >&2; exit 3", 0).unwrap();
+    container.stop(30);
+    let status = container.ended();
+    let mut log = container.log_lines();
+    // The streams have no order between them.
+    log[..2].sort();
+    container.remove();
+    limits_and_statistics_are_its_own(handler, &pod);
+    its_log_goes_on_in_a_new_file(handler, &pod);
+    pod.end();
+    let failure = (failure.code, failure.stdout, failure.stderr);
+    Seen { exit_code: status.exit_code, reason: status.reason.clone(), log, output, failure }
+}
+
+#[test]
+fn containers_of_a_pod_share_what_is_the_pods() {
+    for handler in handlers_and_runc() {
+        let pod = Pod::start(handler, |_| {});
+        they_share_localhost_and_memory(handler, &pod);
+        they_see_a_config_map_change(handler, &pod);
+        pod.end();
+    }
+}
+
+#[test]
+fn a_container_is_reached_through_ports_and_probes() {
+    for handler in handlers_and_runc() {
+        let pod = Pod::start(handler, |config| {
+            let mut mapping = PortMapping::new();
+            (mapping.container_port, mapping.host_port) = (8080, HOST_PORT.into());
+            config.port_mappings.push(mapping);
+        });
+        a_host_port_leads_to_it(handler, &pod);
+        port_forward_reaches_its_localhost(handler, &pod);
+        a_probe_is_told_the_truth_in_time(handler, &pod);
+        pod.end();
+        assert!(TcpStream::connect(("127.0.0.1", HOST_PORT)).is_err(), "{handler}: the port is free again");
+    }
+}
+
+#[test]
+fn exec_and_attach_carry_streams_terminals_and_the_exit_status() {
+    for handler in handlers_and_runc() {
+        let pod = Pod::start(handler, |_| {});
+        exec_and_attach_carry_streams(handler, &pod);
+        a_terminal_has_a_size_and_passes_interrupts_on(handler, &pod);
+        pod.end();
+    }
+}
+
+fn limits_and_statistics_are_its_own(handler: &str, pod: &Pod) {
+    let container = pod.run("limited", "sleep 1000", |config| {
+        let resources = config.linux.mut_or_insert_default().resources.mut_or_insert_default();
+        (resources.memory_limit_in_bytes, resources.cpu_period, resources.cpu_quota) = (64 << 20, 100_000, 50_000);
+    });
+    let limits = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max";
+    assert_eq!(container.exec(limits), "67108864\n50000 100000", "{handler}");
+    container.update(|resources| {
+        (resources.memory_limit_in_bytes, resources.cpu_period, resources.cpu_quota) = (48 << 20, 100_000, 20_000);
+    });
+    assert_eq!(container.exec(limits), "50331648\n20000 100000", "{handler}");
+
+    let before = container.stats().cpu.usage_core_nano_seconds.value;
+    container.exec("i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done");
+    let stats = container.stats();
+    let used = stats.cpu.usage_core_nano_seconds.value;
+    assert!(used > before, "{handler}: {before} and then {used}");
+    assert!((1..=48 << 20).contains(&stats.memory.working_set_bytes.value), "{handler}: {stats}");
+
+    // containerd counts a pod by the cgroup that it is accounted to on the host, or asks the sandbox.
+    let stats = eventually("the pod's statistics", || {
+        let stats = pod.stats();
+        let linux = &stats.linux;
+        if linux.cpu.usage_core_nano_seconds.value > 0 && linux.memory.working_set_bytes.value > 0 {
+            Ok(stats)
+        } else {
+            Err(stats.to_string())
+        }
+    });
+    assert_eq!(stats.linux.containers.len(), 1, "{handler}: {stats}");
+}
+
+fn its_log_goes_on_in_a_new_file(handler: &str, pod: &Pod) {
+    let script = "i=0; while sleep 0.1; do i=$((i+1)); echo line $i; done";
+    let container = pod.run("rotated", script, |_| {});
+    container.logs("stdout F line 1");
+    let old = container.log.with_extension("old");
+    std::fs::rename(&container.log, &old).unwrap();
+    container.reopen_log();
+    let first = eventually("the new log", || container.log_lines().first().cloned().ok_or_else(String::new));
+    let last = std::fs::read_to_string(old).unwrap().lines().last().unwrap().to_owned();
+    let number = |line: &str| line.rsplit(' ').next().unwrap().parse::<u32>().unwrap();
+    assert_eq!(number(&first), number(&last) + 1, "{handler}: after {last:?} comes {first:?}");
+}
+
+fn they_share_localhost_and_memory(handler: &str, pod: &Pod) {
+    let shared = pod.memory_volume("shared", "4m");
+    let server = "nc -l -p 8080 -e sh -c 'echo over localhost'";
+    let first = pod.run("first", server, |config| config.mount(&shared, "/shared", false));
+    let second = pod.run("second", "sleep 1000", |config| config.mount(&shared, "/memory", false));
+    let heard = eventually("the server listens", || {
+        let tried = second.try_exec("nc 127.0.0.1 8080", 0).unwrap();
+        if tried.code == 0 { Ok(tried.stdout) } else { Err(tried.stderr) }
+    });
+    assert_eq!(heard, "over localhost\n", "{handler}");
+    first.ended();
+    let third = pod.run("third", "sleep 1000", |config| config.mount(&shared, "/shared", false));
+    third.exec("echo 'by memory' >/shared/file");
+    assert_eq!(second.exec("cat /memory/file"), "by memory", "{handler}");
+    // The volume's limit is its own, and not the guest's memory.
+    let filled = second.try_exec("dd if=/dev/zero of=/memory/large bs=1M count=8", 0).unwrap();
+    assert!(filled.code != 0 && filled.stderr.contains("No space left"), "{handler}: {filled:?}");
+}
+
+fn they_see_a_config_map_change(handler: &str, pod: &Pod) {
+    let volume = pod.volume("kubernetes.io~configmap", "config");
+    publish(&volume, 1, "old");
+    let container = pod.run("watcher", "", |config| {
+        config.image.mut_or_insert_default().image = debian().to_owned();
+        config.command = ["python3", "-u", "-c", WATCH].map(str::to_owned).into();
+        config.mount(&volume, "/config", true);
+    });
+    assert_eq!(container.exec("cat /config/key"), "old", "{handler}");
+    container.logs("stdout F watching");
+    publish(&volume, 2, "new");
+    container.logs("stdout F told of new");
+    eventually("the new value is read", || match container.exec("cat /config/key") {
+        value if value == "new" => Ok(()),
+        value => Err(value),
+    });
+    let refused = container.try_exec("echo mine >/config/key", 0).unwrap();
+    assert!(refused.code != 0 && refused.stderr.contains("Read-only"), "{handler}: {refused:?}");
+}
+
+/// Tells what is in the file when inotify tells that the link to it has been replaced.
+const WATCH: &str = r#"
+import ctypes, os
+libc = ctypes.CDLL(None)
+fd = libc.inotify_init()
+assert libc.inotify_add_watch(fd, b"/config", 0x80) >= 0  # IN_MOVED_TO
+print("watching")
+while b"..data\0" not in os.read(fd, 4096):
+    pass
+print("told of", open("/config/key").read())
+import signal; signal.pause()
+"#;
+
+/// Writes a ConfigMap's file as the kubelet does: a new directory, and a link to it in one step.
+fn publish(volume: &Path, version: u32, value: &str) {
+    let name = format!("..{version}");
+    std::fs::create_dir(volume.join(&name)).unwrap();
+    std::fs::write(volume.join(&name).join("key"), value).unwrap();
+    let (link, new) = (volume.join("..data"), volume.join("..data_tmp"));
+    let old = std::fs::read_link(&link).ok();
+    std::os::unix::fs::symlink(&name, &new).unwrap();
+    std::fs::rename(&new, &link).unwrap();
+    match old {
+        Some(old) => std::fs::remove_dir_all(volume.join(old)).unwrap(),
+        None => std::os::unix::fs::symlink("..data/key", volume.join("key")).unwrap(),
+    }
+}
+
+fn a_host_port_leads_to_it(handler: &str, pod: &Pod) {
+    let _server = pod.run("published", "while :; do nc -l -p 8080 -e echo served; done", |_| {});
+    // Its own address and a port of the node's.
+    for address in [format!("{}:8080", pod.address()), format!("127.0.0.1:{HOST_PORT}")] {
+        let heard = eventually("the server answers", || {
+            let mut connection = TcpStream::connect(&address).map_err(|error| format!("{address}: {error}"))?;
+            let mut text = String::new();
+            connection.read_to_string(&mut text).map_err(|error| error.to_string())?;
+            if text.is_empty() { Err("nothing".to_owned()) } else { Ok(text) }
+        });
+        assert_eq!(heard, "served\n", "{handler} at {address}");
+    }
+}
+
+fn a_probe_is_told_the_truth_in_time(handler: &str, pod: &Pod) {
+    let container = pod.run("probed", "touch /healthy; sleep 2000", |_| {});
+    eventually("the probe succeeds", || match container.try_exec("test -e /healthy", 10).unwrap() {
+        Executed { code: 0, .. } => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
+    container.exec("rm /healthy");
+    assert_eq!(container.try_exec("test -e /healthy", 10).unwrap().code, 1, "{handler}");
+    let late = container.try_exec("sleep 1000", 1).unwrap_err();
+    assert_eq!(late.code(), Code::DeadlineExceeded, "{handler}: {late}");
+    // What took too long is ended.
+    eventually("the probe's process ends", || match container.exec("ps | grep -c '[s]leep 1000' || true").as_str() {
+        "0" => Ok(()),
+        count => Err(count.to_owned()),
+    });
+}
+
+fn exec_and_attach_carry_streams(handler: &str, pod: &Pod) {
+    let container = pod.run("piped", "while read line; do echo got $line; done", |config| config.stdin = true);
+    let mut exec = container.stream("read line; echo out $line; echo err >&2; exit 4", false);
+    exec.send(STDIN, b"word\n");
+    exec.expect(STDOUT, b"out word\n");
+    exec.expect(STDERR, b"err\n");
+    assert_eq!(exec.exit_code(), 4, "{handler}");
+
+    let mut attached = container.attach(false);
+    attached.send(STDIN, b"one\n");
+    attached.expect(STDOUT, b"got one\n");
+    drop(attached);
+    // The process goes on when its client leaves, and another may come.
+    let mut again = container.attach(false);
+    again.send(STDIN, b"two\n");
+    again.expect(STDOUT, b"got two\n");
+    container.logs("stdout F got two");
+}
+
+fn a_terminal_has_a_size_and_passes_interrupts_on(handler: &str, pod: &Pod) {
+    let container =
+        pod.run("terminal", "trap 'echo interrupted' INT; tty; while :; do read word; echo $word; done", |config| {
+            (config.stdin, config.tty) = (true, true);
+        });
+    container.logs("stdout F /dev/pts/0");
+    let mut attached = container.attach(true);
+    attached.send(STDIN, b"typed\n");
+    // What the terminal echoes, and what the program answers.
+    attached.expect(STDOUT, b"typed\r\ntyped\r\n");
+    attached.send(STDIN, &[3]);
+    attached.expect(STDOUT, b"interrupted");
+
+    let mut exec = container.stream("tty; read line; stty size; exit 6", true);
+    exec.expect(STDOUT, b"/dev/pts/");
+    exec.resize(101, 37);
+    // Sizes come by another way than bytes.
+    eventually("the size is set", || match container.exec("stty size </dev/pts/1").as_str() {
+        "37 101" => Ok(()),
+        other => Err(other.to_owned()),
+    });
+    exec.send(STDIN, b"\n");
+    exec.expect(STDOUT, b"37 101");
+    assert_eq!(exec.exit_code(), 6, "{handler}");
+}
+
+fn port_forward_reaches_its_localhost(handler: &str, pod: &Pod) {
+    let script = "mkdir /srv; echo forwarded >/srv/file; exec httpd -f -p 127.0.0.1:9090 -h /srv";
+    let container = pod.run("forwarded", script, |_| {});
+    eventually("the server listens", || {
+        let tried = container.try_exec("wget -q -O - http://127.0.0.1:9090/file", 0).unwrap();
+        if tried.code == 0 { Ok(()) } else { Err(tried.stderr) }
+    });
+    let mut forwarded = pod.forward(9090);
+    forwarded.send(STDIN, b"GET /file HTTP/1.0\r\n\r\n");
+    forwarded.expect(STDIN, b"forwarded\n");
+    assert!(forwarded.rest(STDOUT).len() <= 2, "{handler}: an error besides the port's number");
+}

@@ -49,7 +49,7 @@ pub enum SandboxError {
     #[error(transparent)]
     Agent(#[from] AgentError),
     /// The guest boots, but its agent does not answer.
-    #[error("the guest's agent did not answer within {seconds} s{}; --boot-timeout allows more", said(.console))]
+    #[error("the guest's agent did not answer within {seconds} s{}; --boot-timeout or guest.boot_timeout_s allows more", said(.console))]
     BootTimeout {
         /// The time it had.
         seconds: u64,

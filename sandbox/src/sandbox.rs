@@ -13,7 +13,7 @@ use crate::config::{ConfigError, SandboxConfig};
 use crate::host::{Host, HostError};
 use crate::network::{self, Attachment, NetworkError};
 use crate::registry::{Claim, Registry, RegistryError};
-use crate::share::{Share, ShareError};
+use crate::share::{self, Share, ShareError};
 use crate::vmm::{Sockets, Vmm, VmmError};
 
 /// How long a guest may take to write everything back and power off before its VMM is killed.
@@ -140,7 +140,7 @@ impl Configured {
     pub fn start(self) -> Result<Booting, SandboxError> {
         let Self { host, config, claim } = self;
         let sockets = Sockets::in_dir(claim.dir());
-        let share = match Share::create(claim.dir().join("shared"), claim.layers().to_owned()) {
+        let share = match Share::create(claim.dir().join(share::DIR), claim.layers().to_owned()) {
             Ok(share) => share,
             Err(error) => {
                 claim.remove()?;

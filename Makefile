@@ -60,7 +60,7 @@ install: ## copy what was built to DESTDIR/PREFIX
 	# A cluster set up for Kata finds Hull under the name it knows.
 	ln -sfn containerd-shim-hull-v2 $(DESTDIR)$(PREFIX)/bin/containerd-shim-kata-v2
 	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/libexec/hull $(RELEASE)/hull-vmm
-	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/hull build/kernel/vmlinux build/guest.img
+	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/hull build/kernel/vmlinux build/guest.img deploy/config.example.toml
 
 .PHONY: uninstall
 uninstall: ## remove what `make install` copied

@@ -40,6 +40,9 @@ pub(crate) enum Verb {
     Image(Image),
     /// Say whether this host can run Hull, and what to do where it cannot
     Check(Check),
+    /// Show or check the settings of this node
+    #[command(subcommand)]
+    Config(Config),
     /// Boot a kernel of your own in a bare virtual machine
     Boot(Boot),
 }
@@ -77,12 +80,13 @@ pub(crate) struct Run {
     /// Name the container
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
-    /// Virtual CPUs, 1 to 64
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub cpus: u64,
-    /// Memory of the virtual machine, in MiB; what is not used is not taken from the host
-    #[arg(long, value_name = "MIB", default_value_t = 512)]
-    pub memory: u64,
+    /// Virtual CPUs, 1 to 64; by default guest.default_vcpus of Hull's settings, which is 1 unless set
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u64>,
+    /// Memory of the virtual machine, in MiB; what is not used is not taken from the host. By default
+    /// guest.default_memory_mib of Hull's settings, which is 512 unless set
+    #[arg(long, value_name = "MIB")]
+    pub memory: Option<u64>,
     /// Show a file or directory of the host to the container
     #[arg(short, long, value_name = "SRC:DST[:ro]")]
     pub volume: Vec<String>,
@@ -108,10 +112,10 @@ pub(crate) struct Run {
     /// Use this directory as the container's root instead of an image
     #[arg(long, value_name = "DIR")]
     pub rootfs: Option<PathBuf>,
-    /// How long the guest may take to come up, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, overrides_with = "boot_timeout")]
-    pub boot_timeout: u64,
-    /// Words to add to the guest kernel's command line
+    /// How long the guest may take to come up, in seconds; by default guest.boot_timeout_s of Hull's settings
+    #[arg(long, value_name = "SECONDS", overrides_with = "boot_timeout")]
+    pub boot_timeout: Option<u64>,
+    /// Words to add to the guest kernel's command line, after those of Hull's settings
     #[arg(long, value_name = "WORDS", default_value = "", hide_default_value = true)]
     pub kernel_params: String,
     /// This is the process that --detach leaves behind; set by hull itself
@@ -229,6 +233,24 @@ pub(crate) struct Check {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Config {
+    /// Print the settings in force, and where each comes from
+    Show {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say what is wrong in the settings; status 1 where something is
+    Check {
+        /// Check this file by itself, instead of those in force
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
+    /// Print a file that explains every setting
+    Example,
 }
 
 #[derive(Debug, ClapArgs)]

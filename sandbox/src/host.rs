@@ -2,6 +2,30 @@
 
 use std::path::{Path, PathBuf};
 
+/// The VMM's place below the prefix that Hull is installed under.
+pub const VMM: &str = "libexec/hull/hull-vmm";
+/// The guest kernel's place below the prefix.
+pub const KERNEL: &str = "share/hull/vmlinux";
+/// The guest image's place below the prefix.
+pub const IMAGE: &str = "share/hull/guest.img";
+/// Names another VMM.
+pub const VMM_VARIABLE: &str = "HULL_VMM";
+/// Names another guest kernel.
+pub const KERNEL_VARIABLE: &str = "HULL_KERNEL";
+/// Names another guest image.
+pub const IMAGE_VARIABLE: &str = "HULL_IMAGE";
+
+/// Files that the host's administrator has named in place of the installed ones.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Places {
+    /// The VMM's binary.
+    pub vmm: Option<PathBuf>,
+    /// The guest kernel.
+    pub kernel: Option<PathBuf>,
+    /// The guest image.
+    pub image: Option<PathBuf>,
+}
+
 /// The files and directories that Hull uses on a host.
 #[derive(Clone, Debug)]
 pub struct Host {
@@ -47,12 +71,28 @@ impl Host {
         let prefix = program.parent().and_then(Path::parent).unwrap_or(Path::new("/usr/local"));
         let place = |variable: &str, default: PathBuf| std::env::var_os(variable).map_or(default, PathBuf::from);
         Ok(Self {
-            vmm: place("HULL_VMM", prefix.join("libexec/hull/hull-vmm")),
-            kernel: place("HULL_KERNEL", prefix.join("share/hull/vmlinux")),
-            image: place("HULL_IMAGE", prefix.join("share/hull/guest.img")),
+            vmm: place(VMM_VARIABLE, prefix.join(VMM)),
+            kernel: place(KERNEL_VARIABLE, prefix.join(KERNEL)),
+            image: place(IMAGE_VARIABLE, prefix.join(IMAGE)),
             state_dir: place("HULL_STATE_DIR", "/run/hull".into()),
             data_dir: place("HULL_DATA_DIR", "/var/lib/hull".into()),
         })
+    }
+
+    /// Takes the files that were named, except for those that the environment names otherwise.
+    #[must_use]
+    pub fn with(mut self, places: Places) -> Self {
+        let named = [
+            (&mut self.vmm, places.vmm, VMM_VARIABLE),
+            (&mut self.kernel, places.kernel, KERNEL_VARIABLE),
+            (&mut self.image, places.image, IMAGE_VARIABLE),
+        ];
+        for (path, place, variable) in named {
+            if let (Some(place), None) = (place, std::env::var_os(variable)) {
+                *path = place;
+            }
+        }
+        self
     }
 
     /// Asks whether what a sandbox needs is installed.
@@ -62,9 +102,9 @@ impl Host {
     /// Names the first file that is missing.
     pub fn check(&self) -> Result<(), HostError> {
         let files = [
-            ("the virtual machine monitor", &self.vmm, "HULL_VMM"),
-            ("the guest kernel", &self.kernel, "HULL_KERNEL"),
-            ("the guest image", &self.image, "HULL_IMAGE"),
+            ("the virtual machine monitor", &self.vmm, VMM_VARIABLE),
+            ("the guest kernel", &self.kernel, KERNEL_VARIABLE),
+            ("the guest image", &self.image, IMAGE_VARIABLE),
         ];
         for (what, path, variable) in files {
             if !path.is_file() {

@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use serde::{Deserialize, Serialize};
 
+use crate::share;
+
 /// Trouble with the state directory.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
@@ -191,6 +193,16 @@ impl Registry {
     #[must_use]
     pub fn dir(&self, id: &str) -> PathBuf {
         self.dir.join(id)
+    }
+
+    /// The root of a running container that has its sandbox to itself: a mount in its owner's namespace, which leads there. What
+    /// is in it, links included, is the guest's to change at any time.
+    #[must_use]
+    pub fn root(&self, record: &Record) -> PathBuf {
+        let dir = self.dir(&record.id);
+        let owner = Path::new("/proc").join(record.owner_pid.to_string()).join("root");
+        let share = owner.join(dir.strip_prefix("/").unwrap_or(&dir)).join(share::DIR);
+        share::root_in(&share, &record.id)
     }
 
     /// Waits until the sandbox's owner has let go of it. The caller's thread blocks.

@@ -13,7 +13,7 @@ use crate::config::{ConfigError, SandboxConfig};
 use crate::host::{Host, HostError};
 use crate::network::{self, Attachment, NetworkError};
 use crate::registry::{Claim, Registry, RegistryError};
-use crate::share::{Share, ShareError};
+use crate::share::{self, Share, ShareError};
 use crate::vmm::{Sockets, Vmm, VmmError};
 
 /// How long a guest may take to write everything back and power off before its VMM is killed.
@@ -49,7 +49,7 @@ pub enum SandboxError {
     #[error(transparent)]
     Agent(#[from] AgentError),
     /// The guest boots, but its agent does not answer.
-    #[error("the guest's agent did not answer within {seconds} s{}; --boot-timeout allows more", said(.console))]
+    #[error("the guest's agent did not answer within {seconds} s{}; --boot-timeout or guest.boot_timeout_s allows more", said(.console))]
     BootTimeout {
         /// The time it had.
         seconds: u64,
@@ -140,7 +140,7 @@ impl Configured {
     pub fn start(self) -> Result<Booting, SandboxError> {
         let Self { host, config, claim } = self;
         let sockets = Sockets::in_dir(claim.dir());
-        let share = match Share::create(claim.dir().join("shared"), claim.layers().to_owned()) {
+        let share = match Share::create(claim.dir().join(share::DIR), claim.layers().to_owned()) {
             Ok(share) => share,
             Err(error) => {
                 claim.remove()?;

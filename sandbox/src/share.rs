@@ -102,6 +102,14 @@ pub struct Share {
     layers: PathBuf,
 }
 
+/// The tree's place in a sandbox's directory.
+pub(crate) const DIR: &str = "shared";
+
+/// Where a container's root is in the tree.
+pub(crate) fn root_in(tree: &Path, container: &str) -> PathBuf {
+    tree.join(container).join("rootfs")
+}
+
 impl Share {
     /// Makes the empty tree at `root`; writable layers go to `layers`.
     ///
@@ -131,7 +139,7 @@ impl Share {
     /// Fails where a source is missing or a mount fails.
     pub fn add_root(&self, container: &str, source: &RootSource) -> Result<String, ShareError> {
         let dir = self.root.join(container);
-        let target = dir.join("rootfs");
+        let target = root_in(&self.root, container);
         make_dir(&dir)?;
         make_dir(&target)?;
         match source {
@@ -149,7 +157,7 @@ impl Share {
     /// Fails where a mount fails.
     pub fn add_mounted_root(&self, container: &str, file_systems: &[FileSystem]) -> Result<String, ShareError> {
         let dir = self.root.join(container);
-        let target = dir.join("rootfs");
+        let target = root_in(&self.root, container);
         make_dir(&dir)?;
         make_dir(&target)?;
         for file_system in file_systems {
@@ -202,7 +210,7 @@ impl Share {
     pub fn remove_container(&self, container: &str) -> Result<(), ShareError> {
         let dir = self.root.join(container);
         let make = |path: &Path, source| ShareError::Make { path: path.to_owned(), source };
-        let mut mount_points = vec![dir.join("rootfs")];
+        let mut mount_points = vec![root_in(&self.root, container)];
         match std::fs::read_dir(dir.join("volumes")) {
             Ok(volumes) => mount_points.extend(volumes.flatten().map(|volume| volume.path())),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use hull_settings::{ANNOTATIONS, HYPERVISOR, Settings};
+
 use crate::error::{Error, Result};
 
 /// What a container is to its pod.
@@ -41,13 +43,6 @@ pub(crate) fn role(annotations: &Annotations) -> Result<Role> {
     }
 }
 
-/// Virtual CPUs of a pod that asks for nothing.
-const DEFAULT_CPUS: u64 = 1;
-/// Memory in MiB of a pod without a limit: what it does not touch costs the host nothing.
-const DEFAULT_MEMORY_MIB: u64 = 512;
-/// What kernel, agent and the kernel's own books need besides a pod's limit, so that a limit is reached before the guest is full.
-const OVERHEAD_MIB: u64 = 96;
-
 const MIB: u64 = 1 << 20;
 
 /// How large a pod's VM is.
@@ -81,40 +76,64 @@ impl Limits {
     }
 }
 
-/// Decides a pod's size from its limits, and from Kata's annotations, which win.
+/// Decides a pod's size from its limits, and from Kata's annotations, which win where the node's settings let pods use them.
 ///
 /// # Errors
 ///
 /// Names the annotation that is no number or out of range.
-pub(crate) fn size(annotations: &Annotations, limits: Limits) -> Result<Size> {
-    const HYPERVISOR: &str = "io.katacontainers.config.hypervisor.";
-    let asked = |key: &str| -> Result<Option<u64>> {
+pub(crate) fn size(annotations: &Annotations, limits: Limits, settings: &Settings) -> Result<Size> {
+    let (guest, pod) = (&settings.guest, &settings.pod);
+    warn_of_ignored(annotations, settings);
+    let allowed = |key: &str| {
         let name = format!("{HYPERVISOR}{key}");
-        annotations.get(&name).map(|text| parse(&name, text)).transpose()
+        let text = annotations.get(&name).filter(|_| pod.allowed_annotations.value.allows(key));
+        text.map(|text| (name, text))
     };
-    let cpus_default = asked("default_vcpus")?.unwrap_or(DEFAULT_CPUS);
+    let asked = |key: &str| allowed(key).map(|(name, text)| parse(&name, text)).transpose();
+    let at_most = |what: &str, wanted: u64, most: u64| {
+        if wanted > most {
+            tracing::warn!(
+                "the pod asks for {wanted} {what} and gets {most}, the most that this node's settings allow"
+            );
+        }
+        wanted.min(most)
+    };
+    let cpus_default = asked("default_vcpus")?.unwrap_or(guest.default_vcpus.value.get());
     let cpus_limit = match limits.cpu_quota_us {
         0 => 0,
         quota => quota.div_ceil(limits.cpu_period_us.max(1)),
     };
     let cpus = cpus_default.max(cpus_limit).min(asked("default_maxvcpus")?.filter(|max| *max > 0).unwrap_or(u64::MAX));
+    let cpus = at_most("virtual CPUs", cpus, pod.max_vcpus.value.get());
     let cpus = u8::try_from(cpus).map_err(|_| Error::Invalid(format!("{cpus} virtual CPUs are too many")))?;
 
     let memory_default = asked("default_memory")?;
     let memory_mib = match (limits.memory_bytes, memory_default) {
-        (0, None) => DEFAULT_MEMORY_MIB,
+        (0, None) => guest.default_memory_mib.value.get(),
         (0, Some(mib)) => mib,
-        (bytes, base) => base.unwrap_or(OVERHEAD_MIB).saturating_add(bytes.div_ceil(MIB)),
+        (bytes, base) => base.unwrap_or(pod.overhead_mib.value.get()).saturating_add(bytes.div_ceil(MIB)),
     };
     let memory_mib = memory_mib.min(asked("default_maxmemory")?.filter(|max| *max > 0).unwrap_or(u64::MAX));
-    let kernel_params = annotations.get(&format!("{HYPERVISOR}kernel_params")).cloned().unwrap_or_default();
+    let memory_mib = at_most("MiB of memory", memory_mib, pod.max_memory_mib.value.get());
+    let mut words = vec![guest.kernel_params.value.as_str()];
+    let asked_words = allowed("kernel_params");
+    words.extend(asked_words.iter().map(|(_, text)| text.as_str()));
+    words.retain(|words| !words.is_empty());
+    Ok(Size { cpus, memory_mib, kernel_params: words.join(" ") })
+}
+
+/// Says which of Kata's annotations do nothing. Kata would refuse a pod for one that is not allowed; here it starts with the size
+/// that the node gives to every pod, as it does for an annotation without a meaning.
+fn warn_of_ignored(annotations: &Annotations, settings: &Settings) {
     for name in annotations.keys().filter(|name| name.starts_with("io.katacontainers.")) {
-        let known = ["default_vcpus", "default_memory", "default_maxvcpus", "default_maxmemory", "kernel_params"];
-        if !name.strip_prefix(HYPERVISOR).is_some_and(|key| known.contains(&key)) {
-            tracing::warn!("the annotation {name} has no meaning here and is ignored");
+        match name.strip_prefix(HYPERVISOR) {
+            Some(key) if settings.pod.allowed_annotations.value.allows(key) && ANNOTATIONS.contains(&key) => {}
+            Some(key) if ANNOTATIONS.contains(&key) => {
+                tracing::warn!("the annotation {name} is ignored: pod.allowed_annotations does not have {key}");
+            }
+            _ => tracing::warn!("the annotation {name} has no meaning here and is ignored"),
         }
     }
-    Ok(Size { cpus, memory_mib, kernel_params })
 }
 
 /// A number that may be missing, and below zero where there is no limit.
@@ -138,6 +157,18 @@ mod tests {
 
     use super::*;
 
+    fn sized(annotations: &Annotations, limits: Limits) -> Result<Size> {
+        size(annotations, limits, &Settings::default())
+    }
+
+    /// The settings that a file with this text makes.
+    fn settings(text: &str) -> Settings {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        std::fs::write(&path, text).unwrap();
+        Settings::read(&[path]).unwrap()
+    }
+
     fn annotations<const N: usize>(pairs: [(&str, &str); N]) -> Annotations {
         pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
     }
@@ -157,11 +188,15 @@ mod tests {
 
     #[test]
     fn a_pod_without_limits_gets_the_default_and_one_with_limits_the_overhead_on_top() {
-        let default = size(&annotations([]), Limits::default()).unwrap();
-        assert_eq!((default.cpus, default.memory_mib), (1, DEFAULT_MEMORY_MIB));
+        let default = sized(&annotations([]), Limits::default()).unwrap();
+        assert_eq!((default.cpus, default.memory_mib), (1, 512));
         let limits = Limits { memory_bytes: 16 * MIB, cpu_quota_us: 150_000, cpu_period_us: 100_000 };
-        let small = size(&annotations([]), limits).unwrap();
-        assert_eq!((small.cpus, small.memory_mib), (2, OVERHEAD_MIB + 16));
+        let small = sized(&annotations([]), limits).unwrap();
+        assert_eq!((small.cpus, small.memory_mib), (2, 96 + 16));
+        let node = settings("guest = { default_vcpus = 3, default_memory_mib = 256 }\npod.overhead_mib = 64");
+        let default = size(&annotations([]), Limits::default(), &node).unwrap();
+        assert_eq!((default.cpus, default.memory_mib), (3, 256));
+        assert_eq!(size(&annotations([]), limits, &node).unwrap().memory_mib, 64 + 16);
     }
 
     #[test]
@@ -170,10 +205,33 @@ mod tests {
             ("io.katacontainers.config.hypervisor.default_vcpus", "4"),
             ("io.katacontainers.config.hypervisor.default_maxvcpus", "3"),
             ("io.katacontainers.config.hypervisor.default_memory", "2048"),
-            ("io.katacontainers.config.hypervisor.kernel_params", "quiet"),
         ]);
-        let size = size(&asked, Limits::default()).unwrap();
-        assert_eq!(size, Size { cpus: 3, memory_mib: 2048, kernel_params: "quiet".into() });
+        let size = sized(&asked, Limits::default()).unwrap();
+        assert_eq!(size, Size { cpus: 3, memory_mib: 2048, kernel_params: String::new() });
+    }
+
+    #[test]
+    fn annotations_that_are_not_allowed_do_nothing() {
+        let asked = annotations([
+            ("io.katacontainers.config.hypervisor.default_vcpus", "nonsense"),
+            ("io.katacontainers.config.hypervisor.kernel_params", "init=/bin/sh"),
+        ]);
+        let none = size(&asked, Limits::default(), &settings("pod.allowed_annotations = []")).unwrap();
+        assert_eq!(none, Size { cpus: 1, memory_mib: 512, kernel_params: String::new() });
+        let node = settings("guest.kernel_params = 'quiet'\npod.allowed_annotations = ['kernel_*']");
+        assert_eq!(size(&asked, Limits::default(), &node).unwrap().kernel_params, "quiet init=/bin/sh");
+    }
+
+    #[test]
+    fn nothing_is_larger_than_the_node_allows() {
+        let node = settings("pod = { max_vcpus = 2, max_memory_mib = 1024 }");
+        let limits = Limits { memory_bytes: u64::MAX, cpu_quota_us: u64::MAX, cpu_period_us: 1 };
+        let asked = annotations([
+            ("io.katacontainers.config.hypervisor.default_maxvcpus", "32"),
+            ("io.katacontainers.config.hypervisor.default_maxmemory", "4096"),
+        ]);
+        let size = size(&asked, limits, &node).unwrap();
+        assert_eq!((size.cpus, size.memory_mib), (2, 1024));
     }
 
     #[test]
@@ -181,7 +239,7 @@ mod tests {
         let wrong = annotations([("io.kubernetes.cri.sandbox-memory", "lots")]);
         assert!(Limits::of_sandbox(&wrong).unwrap_err().to_string().contains("sandbox-memory"));
         let wrong = annotations([("io.katacontainers.config.hypervisor.default_vcpus", "-1")]);
-        assert!(size(&wrong, Limits::default()).unwrap_err().to_string().contains("default_vcpus"));
+        assert!(sized(&wrong, Limits::default()).unwrap_err().to_string().contains("default_vcpus"));
         let none = annotations([("io.kubernetes.cri.sandbox-memory", "-1")]);
         assert_eq!(Limits::of_sandbox(&none).unwrap(), Limits::default());
     }
@@ -192,7 +250,7 @@ mod tests {
             for key in ["default_vcpus", "default_memory", "default_maxvcpus", "default_maxmemory"] {
                 let name = format!("io.katacontainers.config.hypervisor.{key}");
                 let limits = Limits { memory_bytes: memory, cpu_quota_us: quota, cpu_period_us: period };
-                let _ = size(&annotations([(&name, &value)]), limits);
+                let _ = sized(&annotations([(&name, &value)]), limits);
             }
             let _ = Limits::of_sandbox(&annotations([("io.kubernetes.cri.sandbox-memory", &value)]));
         }

@@ -10,6 +10,7 @@ use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use hull_sandbox::host::Host;
 use hull_sandbox::share::enter_mount_namespace;
+use hull_settings::{Level, Settings};
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, Service};
 
@@ -29,19 +30,20 @@ const STACK_BYTES: usize = 256 * 1024;
 
 /// Serves the pod on the socket that is standard input.
 pub(crate) fn run(flags: &Flags) -> Result<(), Trouble> {
-    let level = if flags.debug { tracing::Level::DEBUG } else { tracing::Level::INFO };
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_max_level(level).init();
+    let settings = Settings::load()?;
+    let level = if flags.debug { Level::Debug } else { settings.log.level.value };
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_max_level(filter(level)).init();
     // Before any thread exists: mounts made from here on end with this process.
     enter_mount_namespace()?;
     let listener = UnixListener::from(std::io::stdin().as_fd().try_clone_to_owned()?);
-    let host = Host::discover()?;
+    let host = settings.host(Host::discover()?);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS)
         .thread_stack_size(STACK_BYTES)
         .thread_keep_alive(Duration::from_secs(1))
         .build()?;
-    let outcome = runtime.block_on(serve(flags, host, listener));
+    let outcome = runtime.block_on(serve(flags, host, settings, listener));
     if let Err(error) = &outcome {
         tracing::error!("{error}");
     }
@@ -52,9 +54,9 @@ pub(crate) fn run(flags: &Flags) -> Result<(), Trouble> {
     outcome
 }
 
-async fn serve(flags: &Flags, host: Host, listener: UnixListener) -> Result<(), Trouble> {
+async fn serve(flags: &Flags, host: Host, settings: Settings, listener: UnixListener) -> Result<(), Trouble> {
     let publisher = Publisher::start(&std::env::var("TTRPC_ADDRESS")?, &flags.namespace);
-    let pod = Pod::new(&flags.pod, &flags.namespace, host, publisher);
+    let pod = Pod::new(&flags.pod, &flags.namespace, host, settings, publisher);
     let mut server = Server::new().add_listener(Listener::try_from(listener)?).register_service(services(&pod));
     server.start().await?;
     pod.finished().await;
@@ -62,6 +64,15 @@ async fn serve(flags: &Flags, host: Host, listener: UnixListener) -> Result<(), 
         tracing::debug!("clients still hold connections");
     }
     Ok(())
+}
+
+fn filter(level: Level) -> tracing::Level {
+    match level {
+        Level::Error => tracing::Level::ERROR,
+        Level::Warn => tracing::Level::WARN,
+        Level::Info => tracing::Level::INFO,
+        Level::Debug => tracing::Level::DEBUG,
+    }
 }
 
 /// The sandbox service, and both versions of the task service, which differ in nothing but their names.

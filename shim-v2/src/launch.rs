@@ -10,6 +10,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use hull_settings::Settings;
 use protobuf::{Message, MessageField};
 
 use crate::annotations::{self, Role};
@@ -41,6 +42,8 @@ pub(crate) fn start(flags: &Flags) -> Result<Vec<u8>, Trouble> {
             Err(error) => Err(format!("the shim of the pod {sandbox} does not answer at {socket}: {error}").into()),
         };
     }
+    // The daemon reads them, but its words go to the log, and these to whoever wants the pod.
+    Settings::load()?;
     let socket = start.socket_path(&flags.namespace, &flags.id);
     let listener = listen(&socket)?;
     std::fs::write(bundle.join(SOCKET_FILE), &socket)?;

@@ -20,8 +20,6 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::annotations::Size;
 use crate::error::{Error, Result};
 
-/// How long a guest may take to boot: what 200 pods that start at once on a small host need.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 /// The VMM's end follows that of its connections at once, if that is what has happened.
 const END_GRACE: Duration = Duration::from_secs(2);
 
@@ -31,6 +29,17 @@ enum Job {
     /// Something to be done with the tree that the guest sees.
     Share(ShareJob),
     Stop,
+}
+
+/// What a VM is to be.
+pub(crate) struct Boot<'a> {
+    pub(crate) host: Host,
+    /// Among Hull's sandboxes.
+    pub(crate) name: String,
+    pub(crate) hostname: String,
+    pub(crate) size: Size,
+    pub(crate) network_namespace: Option<&'a Path>,
+    pub(crate) timeout: Duration,
 }
 
 /// A handle to the VM.
@@ -55,25 +64,19 @@ impl Vm {
     /// # Errors
     ///
     /// Fails with whatever kept it from coming up; nothing is left behind then.
-    pub(crate) async fn boot<T>(
-        host: Host,
-        name: &str,
-        hostname: &str,
-        size: Size,
-        network_namespace: Option<&Path>,
-        prepare: impl FnOnce(&Share) -> Result<T>,
-    ) -> Result<(Self, T)> {
+    pub(crate) async fn boot<T>(boot: Boot<'_>, prepare: impl FnOnce(&Share) -> Result<T>) -> Result<(Self, T)> {
+        let network = boot.network_namespace.map_or(Network::None, |path| Network::Namespace(path.to_owned()));
         let config = SandboxConfig {
-            id: name.to_owned(),
+            id: boot.name,
             name: None,
-            cpus: size.cpus,
-            memory_mib: size.memory_mib,
-            hostname: hostname.to_owned(),
-            kernel_params: size.kernel_params,
-            network: network_namespace.map_or(Network::None, |path| Network::Namespace(path.to_owned())),
-            boot_timeout: BOOT_TIMEOUT,
+            cpus: boot.size.cpus,
+            memory_mib: boot.size.memory_mib,
+            hostname: boot.hostname,
+            kernel_params: boot.size.kernel_params,
+            network,
+            boot_timeout: boot.timeout,
         };
-        let booting = Configured::new(host, config)?.start()?;
+        let booting = Configured::new(boot.host, config)?.start()?;
         let prepared = match prepare(booting.share()) {
             Ok(prepared) => prepared,
             Err(error) => {

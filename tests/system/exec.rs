@@ -49,6 +49,21 @@ fn environment_directory_and_user_can_differ() {
 }
 
 #[test]
+fn users_and_groups_are_those_that_the_container_has_by_now() {
+    let container = Detached::sleeping();
+    let script = "echo web:x:33:44::/srv:/bin/sh >>/etc/passwd; echo log:x:4:web >>/etc/group";
+    container.exec(["sh", "-c", script]).run().ok();
+    let ids = |user: &str| hull(["exec", "-u", user, &container.id, "sh", "-c", "id -u; id -g; id -G"]).run();
+    assert_eq!(ids("web").ok(), "33\n44\n44 4");
+    assert_eq!(ids("web:log").ok(), "33\n4\n4");
+    ids("nobody-here").failed(&["nobody-here", "/etc/passwd"]);
+    // The lab and most hosts have a user `daemon`; the container's link is not to lead there.
+    let link = "rm -f /etc/passwd; ln -s ../../../../../../etc/passwd /etc/passwd; ln -sf /etc/passwd /etc/group";
+    container.exec(["sh", "-c", link]).run().ok();
+    ids("daemon").failed(&["daemon"]);
+}
+
+#[test]
 fn many_run_at_once() {
     let container = Detached::sleeping();
     let mut children: Vec<_> =

@@ -13,6 +13,7 @@ mod memory;
 mod network;
 mod output;
 mod sandbox_service;
+mod settings;
 mod streams;
 mod tty;
 mod volumes;

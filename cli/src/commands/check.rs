@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use hull_sandbox::host::Host;
+use hull_settings::Settings;
 use serde::{Deserialize, Serialize};
 
 use crate::args::Check;
@@ -38,7 +39,7 @@ enum Kvm {
     Missing,
 }
 
-pub(super) fn run(args: &Check, host: &Host) -> Outcome {
+pub(super) fn run(args: &Check, host: Host) -> Outcome {
     let findings = findings(host);
     if args.json {
         output::json(&findings)?;
@@ -58,8 +59,20 @@ pub(super) fn run(args: &Check, host: &Host) -> Outcome {
     Ok(u8::from(findings.iter().any(|finding| finding.needed && !finding.ok)))
 }
 
-fn findings(host: &Host) -> Vec<Finding> {
+fn findings(host: Host) -> Vec<Finding> {
     let mut findings = Vec::new();
+    let (settings, wrong) = match Settings::load() {
+        Ok(settings) => (settings, None),
+        Err(problems) => (Settings::default(), Some(problems)),
+    };
+    findings.push(Finding {
+        name: "settings",
+        needed: true,
+        ok: wrong.is_none(),
+        detail: wrong.map_or_else(|| hull_settings::dir().display().to_string(), |problems| problems.to_string()),
+        remedy: Some("correct the file; `hull config example` explains every key"),
+    });
+    let host = &settings.host(host);
     let installed = host.check();
     findings.push(Finding {
         name: "install",

@@ -1,5 +1,7 @@
 //! `hull exec`: another program in a running container.
 
+use std::path::Path;
+
 use hull_sandbox::container::Process;
 use hull_sandbox::host::Host;
 use hull_sandbox::registry::Record;
@@ -13,7 +15,8 @@ use crate::{Error, Outcome};
 pub(super) fn run(args: Exec, host: &Host) -> Outcome {
     let registry = super::registry(host);
     let record = super::find_running(&registry, &args.container)?;
-    let process = process(&record, &args.process, args.command)?;
+    let root = registry.root(&record);
+    let process = process(&record, &args.process, args.command, &root)?;
     let process: oci_spec::runtime::Process = serde_json::from_value(process)?;
     let streams = super::run::streams(&args.process)?;
     super::runtime()?.block_on(async {
@@ -30,8 +33,8 @@ pub(super) fn run(args: Exec, host: &Host) -> Outcome {
     })
 }
 
-/// The container's own `process` with what the options change.
-fn process(record: &Record, options: &ProcessOptions, command: Vec<String>) -> Result<Value, Error> {
+/// The container's own `process` with what the options change. Users are looked up in the container's root.
+fn process(record: &Record, options: &ProcessOptions, command: Vec<String>, root: &Path) -> Result<Value, Error> {
     let mut process = record.process.clone();
     process["args"] = command.into();
     process["terminal"] = options.tty.into();
@@ -40,11 +43,14 @@ fn process(record: &Record, options: &ProcessOptions, command: Vec<String>) -> R
     }
     let mut env: Vec<String> = serde_json::from_value(process["env"].clone())?;
     super::run::apply_env(&mut env, &options.env);
-    process["env"] = env.into();
     if let Some(user) = &options.user {
-        let (uid, gid) = numeric_user(user)?;
-        process["user"] = json!({ "uid": uid, "gid": gid });
-        if uid != 0 {
+        let user = crate::image::user::resolve(user, &[root.to_owned()])?;
+        process["user"] = json!({ "uid": user.uid, "gid": user.gid, "additionalGids": user.additional_gids });
+        let has_home = options.env.iter().any(|variable| variable == "HOME" || variable.starts_with("HOME="));
+        if !has_home {
+            super::run::apply_env(&mut env, &[format!("HOME={}", user.home)]);
+        }
+        if user.uid != 0 {
             process["capabilities"]["effective"] = json!([]);
             process["capabilities"]["permitted"] = json!([]);
         } else {
@@ -53,14 +59,65 @@ fn process(record: &Record, options: &ProcessOptions, command: Vec<String>) -> R
             process["capabilities"]["permitted"] = bounding;
         }
     }
+    process["env"] = env.into();
     Ok(process)
 }
 
-/// Only the container's owner sees its files, so names cannot be looked up from here.
-fn numeric_user(user: &str) -> Result<(u32, u32), Error> {
-    let (uid, gid) = user.split_once(':').unwrap_or((user, "0"));
-    match (uid.parse(), gid.parse()) {
-        (Ok(uid), Ok(gid)) => Ok((uid, gid)),
-        _ => Err(format!("{user}: exec takes users by number only: UID or UID:GID").into()),
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Record {
+        serde_json::from_value(json!({
+            "id": "a", "name": null, "phase": "running", "created_at_s": 0, "owner_pid": 1, "vmm_pid": null,
+            "image": "", "command": [], "cpus": 1, "memory_mib": 64, "terminal": false, "stop_signal": 15,
+            "exit_code": null, "failure": null,
+            "process": { "env": ["HOME=/root"], "user": { "uid": 0, "gid": 0 }, "capabilities": { "bounding": ["CAP_KILL"] } },
+        }))
+        .unwrap()
+    }
+
+    fn as_user(user: &str, env: &[&str], root: &Path) -> Result<Value, Error> {
+        let options = ProcessOptions {
+            interactive: false,
+            tty: false,
+            env: env.iter().map(ToString::to_string).collect(),
+            workdir: None,
+            user: Some(user.to_owned()),
+        };
+        process(&record(), &options, vec!["true".to_owned()], root)
+    }
+
+    fn root() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("etc")).unwrap();
+        std::fs::write(dir.path().join("etc/passwd"), "web:x:33:44::/srv:\n").unwrap();
+        std::fs::write(dir.path().join("etc/group"), "web:x:44:\nlog:x:4:web\n").unwrap();
+        dir
+    }
+
+    #[test]
+    fn a_user_is_whom_the_containers_files_name() {
+        let root = root();
+        let process = as_user("web", &[], root.path()).unwrap();
+        assert_eq!(process["user"], json!({ "uid": 33, "gid": 44, "additionalGids": [4] }));
+        assert_eq!(process["env"], json!(["HOME=/srv"]));
+        assert_eq!(process["capabilities"]["effective"], json!([]));
+        let process = as_user("0:log", &["HOME=/mine"], root.path()).unwrap();
+        assert_eq!(process["user"], json!({ "uid": 0, "gid": 4, "additionalGids": [] }));
+        assert_eq!(process["env"], json!(["HOME=/mine"]));
+        assert_eq!(process["capabilities"]["effective"], json!(["CAP_KILL"]));
+        assert!(as_user("nobody", &[], root.path()).unwrap_err().to_string().contains("`nobody`"));
+    }
+
+    #[test]
+    fn links_in_a_container_do_not_lead_to_the_hosts_users() {
+        let root = root();
+        let passwd = root.path().join("etc/passwd");
+        for target in ["/etc/passwd", "../../../../../../../../etc/passwd", "/proc/1/root/etc/passwd"] {
+            std::fs::remove_file(&passwd).unwrap();
+            std::os::unix::fs::symlink(target, &passwd).unwrap();
+            assert!(as_user("daemon", &[], root.path()).is_err(), "{target}");
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 mod boot;
 mod check;
+mod config;
 mod exec;
 mod image;
 mod inspect;
@@ -18,6 +19,7 @@ use std::path::Path;
 use hull_sandbox::agent::Agent;
 use hull_sandbox::host::Host;
 use hull_sandbox::registry::{Phase, Record, Registry};
+use hull_settings::Settings;
 
 use crate::args::{Args, Verb};
 use crate::{Error, Outcome};
@@ -26,7 +28,11 @@ use crate::{Error, Outcome};
 pub(crate) fn run(args: Args) -> Outcome {
     let host = Host::discover()?;
     match args.verb {
-        Verb::Run(args) => run::run(*args, host),
+        Verb::Run(args) => {
+            let settings = Settings::load()?;
+            let host = settings.host(host);
+            run::run(*args, host, &settings)
+        }
         Verb::Exec(args) => exec::run(args, &host),
         Verb::Ps(args) => ps::run(&args, &host),
         Verb::Kill(args) => kill::run(&args, &host),
@@ -36,8 +42,9 @@ pub(crate) fn run(args: Args) -> Outcome {
         Verb::Stats(args) => stats::run(&args, &host),
         Verb::Inspect(args) => inspect::run(&args, &host),
         Verb::Image(args) => image::run(args, &host),
-        Verb::Check(args) => check::run(&args, &host),
-        Verb::Boot(args) => boot::run(args, &host),
+        Verb::Check(args) => check::run(&args, host),
+        Verb::Config(args) => config::run(&args, host),
+        Verb::Boot(args) => boot::run(args, &Settings::load()?.host(host)),
     }
 }
 

@@ -13,6 +13,7 @@ use hull_sandbox::network::Network;
 use hull_sandbox::network::cni::PortMapping;
 use hull_sandbox::registry::{Phase, Record};
 use hull_sandbox::share::{RootSource, Volume, enter_mount_namespace};
+use hull_settings::Settings;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::args::{ProcessOptions, Run};
@@ -26,7 +27,7 @@ use crate::{Error, Outcome, terminal};
 const INTERRUPTED: u8 = 130;
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-pub(super) fn run(args: Run, host: Host) -> Outcome {
+pub(super) fn run(args: Run, host: Host, settings: &Settings) -> Outcome {
     if args.detach && !args.detached_owner {
         return detach();
     }
@@ -38,7 +39,7 @@ pub(super) fn run(args: Run, host: Host) -> Outcome {
     let prepared = (|| {
         // Before any thread exists: mounts made from here on end with this process.
         enter_mount_namespace()?;
-        plan(args, host)
+        plan(args, host, settings)
     })();
     let outcome = prepared.and_then(|Prepared { plan, image: _image }| {
         let id = plan.record.id.clone();
@@ -68,7 +69,7 @@ struct Prepared {
     image: Option<Image>,
 }
 
-fn plan(args: Run, host: Host) -> Result<Prepared, Error> {
+fn plan(args: Run, host: Host, settings: &Settings) -> Result<Prepared, Error> {
     let mut words = args.words.into_iter();
     let image = match &args.rootfs {
         Some(_) => None,
@@ -97,10 +98,15 @@ fn plan(args: Run, host: Host) -> Result<Prepared, Error> {
         None => 15,
     };
     // What does not fit the field is too many in any case.
-    let cpus = u8::try_from(args.cpus).unwrap_or(u8::MAX);
-    if u64::from(cpus) != args.cpus {
+    let guest = &settings.guest;
+    let wanted_cpus = args.cpus.unwrap_or(guest.default_vcpus.value.get());
+    let cpus = u8::try_from(wanted_cpus).unwrap_or(u8::MAX);
+    if u64::from(cpus) != wanted_cpus {
         return Err(hull_sandbox::config::ConfigError::Cpus(cpus).into());
     }
+    let memory_mib = args.memory.unwrap_or(guest.default_memory_mib.value.get());
+    let kernel_params = [guest.kernel_params.value.as_str(), &args.kernel_params];
+    let kernel_params = kernel_params.into_iter().filter(|words| !words.is_empty()).collect::<Vec<_>>().join(" ");
     args.name.as_deref().map_or(Ok(()), check_name)?;
     let name = match (&args.rootfs, &image) {
         (Some(directory), _) => directory.display().to_string(),
@@ -116,7 +122,7 @@ fn plan(args: Run, host: Host) -> Result<Prepared, Error> {
         image: name,
         command: program.args.clone(),
         cpus,
-        memory_mib: args.memory,
+        memory_mib,
         terminal: args.process.tty,
         stop_signal,
         exit_code: None,
@@ -127,11 +133,11 @@ fn plan(args: Run, host: Host) -> Result<Prepared, Error> {
         id,
         name: args.name,
         cpus,
-        memory_mib: args.memory,
+        memory_mib,
         hostname,
-        kernel_params: args.kernel_params,
+        kernel_params,
         network: parse_network(&args.net, &args.publish)?,
-        boot_timeout: Duration::from_secs(args.boot_timeout),
+        boot_timeout: Duration::from_secs(args.boot_timeout.unwrap_or(guest.boot_timeout_s.value.get())),
     };
     let files = Files { servers: args.dns, extra_hosts: args.add_host };
     let attach = if args.detached_owner { Attach::Nowhere } else { Attach::Own };

@@ -29,16 +29,16 @@ pub struct User {
 #[derive(Debug, thiserror::Error)]
 pub enum UserError {
     /// The image has no such user.
-    #[error("the image has no user `{}` in /etc/passwd: give a numeric uid, or a user that it has", .0.escape_debug())]
+    #[error("the container has no user `{}` in /etc/passwd: give a numeric uid, or a user that it has", .0.escape_debug())]
     UnknownUser(String),
     /// The image has no such group.
-    #[error("the image has no group `{}` in /etc/group: give a numeric gid, or a group that it has", .0.escape_debug())]
+    #[error("the container has no group `{}` in /etc/group: give a numeric gid, or a group that it has", .0.escape_debug())]
     UnknownGroup(String),
     /// The text has no user before the colon, or no group behind it.
     #[error("`{}` is not a user: write USER or USER:GROUP, names or numbers", .0.escape_debug())]
     Malformed(String),
     /// The image's files cannot be read.
-    #[error("cannot read {path} in the image: {source}")]
+    #[error("cannot read {path} of the container: {source}")]
     Read {
         /// The file.
         path: &'static str,

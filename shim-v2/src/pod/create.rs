@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::topics;
@@ -14,13 +15,13 @@ use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 
 use super::{Container, Pod};
-use crate::annotations::{self, Limits, Role};
+use crate::annotations::{self, Limits, Role, Size};
 use crate::error::{Error, Result};
 use crate::live::{Followers, LiveVolume};
 use crate::process::{Body, Exit, Process};
 use crate::spec;
 use crate::streams::{Ends, Pumps, Stdio};
-use crate::vm::{Vm, sandbox_name};
+use crate::vm::{Boot, Vm, sandbox_name};
 
 /// Longest host name that Linux takes.
 const MAX_HOSTNAME_BYTES: usize = 64;
@@ -96,10 +97,10 @@ impl Pod {
         if self.lock().vm.is_some() {
             return Err(Error::Exists(format!("the pod {} has a virtual machine already", self.id)));
         }
-        spec::refuse_host_namespaces(&spec)?;
+        spec::check_host_namespaces(&spec, self.settings.pod.host_namespaces.value)?;
         let notes = spec.annotations().clone().unwrap_or_default();
         let limits = if is_sandbox { Limits::of_sandbox(&notes)? } else { own_limits(&spec) };
-        let size = annotations::size(&notes, limits)?;
+        let size = annotations::size(&notes, limits, &self.settings)?;
         let network_namespace = spec::network_namespace(&spec);
         if let Some(path) = network_namespace.as_ref().filter(|path| !path.exists()) {
             return Err(Error::Invalid(format!("the network namespace {} does not exist", path.display())));
@@ -110,8 +111,7 @@ impl Pod {
         self.join_cgroup(spec::cgroup(&spec).as_deref())?;
         let plan = Plan::new(request);
         let prepare = |share: &Share| if is_sandbox { Ok(None) } else { plan.prepare(share, spec).map(Some) };
-        let name = sandbox_name(&self.namespace, &self.id);
-        let booted = Vm::boot(self.host.clone(), &name, &hostname, size, network_namespace.as_deref(), prepare).await;
+        let booted = self.boot(&hostname, size, network_namespace.as_deref(), prepare).await;
         if booted.is_err() {
             self.stop_vm().await;
         }
@@ -134,6 +134,25 @@ impl Pod {
                 Err(error)
             }
         }
+    }
+
+    /// Boots the pod's VM, and has `prepare` fill the tree that the guest sees meanwhile.
+    pub(super) async fn boot<T>(
+        &self,
+        hostname: &str,
+        size: Size,
+        network_namespace: Option<&Path>,
+        prepare: impl FnOnce(&Share) -> Result<T>,
+    ) -> Result<(Vm, T)> {
+        let boot = Boot {
+            host: self.host.clone(),
+            name: sandbox_name(&self.namespace, &self.id),
+            hostname: hostname.to_owned(),
+            size,
+            network_namespace,
+            timeout: Duration::from_secs(self.settings.guest.boot_timeout_s.value.get()),
+        };
+        Vm::boot(boot, prepare).await
     }
 
     /// Takes a VM that has come up for the pod's.

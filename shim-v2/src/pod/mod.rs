@@ -20,6 +20,7 @@ use containerd_shim_protos::topics;
 use hull_protocol::agent::event::What;
 use hull_sandbox::cgroup::Cgroup;
 use hull_sandbox::host::Host;
+use hull_settings::Settings;
 use tokio::sync::watch;
 
 pub(crate) use self::create::Create;
@@ -44,6 +45,7 @@ pub(crate) struct Pod {
     id: String,
     namespace: String,
     host: Host,
+    settings: Settings,
     publisher: Publisher,
     lifecycle: tokio::sync::Mutex<()>,
     state: Mutex<State>,
@@ -72,11 +74,12 @@ struct Container {
 }
 
 impl Pod {
-    pub(crate) fn new(id: &str, namespace: &str, host: Host, publisher: Publisher) -> Arc<Self> {
+    pub(crate) fn new(id: &str, namespace: &str, host: Host, settings: Settings, publisher: Publisher) -> Arc<Self> {
         Arc::new(Self {
             id: id.to_owned(),
             namespace: namespace.to_owned(),
             host,
+            settings,
             publisher,
             lifecycle: tokio::sync::Mutex::default(),
             state: Mutex::default(),

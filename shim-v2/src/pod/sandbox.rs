@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use containerd_shim_protos::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
+use hull_settings::Settings;
 use protobuf::{Message, MessageField};
 use tokio::sync::watch;
 
@@ -18,7 +19,7 @@ use crate::annotations::{self, Limits, Size};
 use crate::error::{Error, Result};
 use crate::generated::cri::{NamespaceMode, PodSandboxConfig};
 use crate::process::Exit;
-use crate::vm::{Vm, sandbox_name};
+use crate::spec;
 
 /// A sandbox to be created.
 #[derive(Debug, Default)]
@@ -68,7 +69,7 @@ impl Pod {
     /// Fails where it has been created before or cannot be as asked.
     pub(crate) fn create_sandbox(&self, request: CreateSandbox) -> Result<()> {
         self.check_sandbox_id(&request.id)?;
-        let sandbox = Sandbox::new(request)?;
+        let sandbox = Sandbox::new(request, &self.settings)?;
         let mut state = self.lock();
         if state.sandbox.is_some() || state.vm.is_some() {
             return Err(Error::Exists(format!("there is a sandbox {} already", self.id)));
@@ -96,9 +97,7 @@ impl Pod {
         })?;
         let (size, hostname, network_namespace, cgroup) = wish?;
         self.join_cgroup(cgroup.as_deref())?;
-        let name = sandbox_name(&self.namespace, &self.id);
-        let booted =
-            Vm::boot(self.host.clone(), &name, &hostname, size, network_namespace.as_deref(), |_| Ok(())).await;
+        let booted = self.boot(&hostname, size, network_namespace.as_deref(), |_| Ok(())).await;
         if booted.is_err() {
             self.stop_vm().await;
         }
@@ -232,16 +231,18 @@ impl Pod {
 }
 
 impl Sandbox {
-    fn new(request: CreateSandbox) -> Result<Self> {
+    fn new(request: CreateSandbox, settings: &Settings) -> Result<Self> {
         let config = PodSandboxConfig::parse_from_bytes(&request.config)
             .map_err(|error| Error::Invalid(format!("the sandbox's configuration is broken: {error}")))?;
         let linux = config.linux.get_or_default();
         let modes = linux.security_context.get_or_default().namespace_options.get_or_default();
-        for (mode, name) in [(modes.network, "hostNetwork"), (modes.pid, "hostPID"), (modes.ipc, "hostIPC")] {
+        for (mode, name) in [
+            (modes.network, "network (hostNetwork)"),
+            (modes.pid, "processes (hostPID)"),
+            (modes.ipc, "System V IPC (hostIPC)"),
+        ] {
             if mode == NamespaceMode::NODE.into() {
-                return Err(Error::Invalid(format!(
-                    "a pod in a virtual machine cannot have {name}; use another runtime class for it"
-                )));
+                spec::host_namespace_wanted(name, settings.pod.host_namespaces.value)?;
             }
         }
         let netns = request.network_namespace;
@@ -258,7 +259,7 @@ impl Sandbox {
         let mut notes = config.annotations;
         notes.extend(request.annotations);
         Ok(Self {
-            size: annotations::size(&notes, limits)?,
+            size: annotations::size(&notes, limits, settings)?,
             hostname: if config.hostname.is_empty() { short(&request.id) } else { config.hostname },
             cgroup: cgroup_below(&linux.cgroup_parent, &request.id),
             network_namespace: (!netns.is_empty()).then(|| netns.into()),
@@ -305,9 +306,13 @@ mod tests {
         CreateSandbox { id: "p".into(), config: config.write_to_bytes().unwrap(), ..Default::default() }
     }
 
+    fn made(request: CreateSandbox) -> Result<Sandbox> {
+        Sandbox::new(request, &Settings::default())
+    }
+
     #[test]
     fn a_sandbox_is_as_large_as_its_pod_may_get() {
-        let sandbox = Sandbox::new(config(|config| {
+        let sandbox = made(config(|config| {
             config.hostname = "web".into();
             let linux = config.linux.mut_or_insert_default();
             linux.resources.mut_or_insert_default().memory_limit_in_bytes = 1 << 30;
@@ -331,19 +336,19 @@ mod tests {
             let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
             context.namespace_options.mut_or_insert_default().pid = NamespaceMode::NODE.into();
         });
-        assert!(Sandbox::new(request).unwrap_err().to_string().contains("hostPID"));
+        assert!(made(request).unwrap_err().to_string().contains("hostPID"));
     }
 
     #[test]
     fn a_network_namespace_must_exist() {
         let request = CreateSandbox { network_namespace: "/no/such/netns".into(), ..Default::default() };
-        assert!(Sandbox::new(request).unwrap_err().to_string().contains("/no/such/netns"));
+        assert!(made(request).unwrap_err().to_string().contains("/no/such/netns"));
     }
 
     proptest! {
         #[test]
         fn no_configuration_makes_the_parser_panic(config in proptest::collection::vec(any::<u8>(), 0..100)) {
-            let _ = Sandbox::new(CreateSandbox { config, ..Default::default() });
+            let _ = made(CreateSandbox { config, ..Default::default() });
         }
     }
 }

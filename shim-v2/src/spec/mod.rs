@@ -8,6 +8,7 @@ mod resources;
 
 use std::path::{Path, PathBuf};
 
+use hull_settings::HostNamespaces;
 use oci_spec::runtime::{LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Process, Spec};
 
 use crate::error::{Error, Result};
@@ -29,25 +30,37 @@ pub(crate) fn read(bundle: &Path) -> Result<Spec> {
     serde_json::from_slice(&json).map_err(|error| Error::Invalid(format!("{} is broken: {error}", path.display())))
 }
 
-/// Refuses what would have to be the host's: its network, processes or System V objects are not in the guest.
+/// Looks for what would have to be the host's: its network, processes or System V objects are not in the guest.
 ///
 /// # Errors
 ///
-/// Names the namespace that the specification leaves to the host.
-pub(crate) fn refuse_host_namespaces(spec: &Spec) -> Result<()> {
+/// Names the namespace that the specification leaves to the host, unless the settings say to ignore that.
+pub(crate) fn check_host_namespaces(spec: &Spec, setting: HostNamespaces) -> Result<()> {
     let kinds = [
         (LinuxNamespaceType::Network, "network (hostNetwork)"),
         (LinuxNamespaceType::Pid, "processes (hostPID)"),
         (LinuxNamespaceType::Ipc, "System V IPC (hostIPC)"),
     ];
-    for (kind, name) in kinds {
-        if namespace(spec, kind).is_none() {
-            return Err(Error::Invalid(format!(
-                "a pod in a virtual machine cannot use the host's {name}; use another runtime class for it"
-            )));
+    let wanted = kinds.into_iter().filter(|(kind, _)| namespace(spec, *kind).is_none());
+    wanted.map(|(_, name)| name).try_for_each(|name| host_namespace_wanted(name, setting))
+}
+
+/// What becomes of a pod that wants the host's `name`.
+///
+/// # Errors
+///
+/// Fails unless the settings say to ignore it.
+pub(crate) fn host_namespace_wanted(name: &str, setting: HostNamespaces) -> Result<()> {
+    match setting {
+        HostNamespaces::Refuse => Err(Error::Invalid(format!(
+            "a pod in a virtual machine cannot use the host's {name}; use another runtime class for it, or set \
+             pod.host_namespaces = \"ignore\" on the node"
+        ))),
+        HostNamespaces::Ignore => {
+            tracing::warn!("the pod is not given the host's {name}, but its own");
+            Ok(())
         }
     }
-    Ok(())
 }
 
 /// The network namespace that has been made for the pod; none where it is to be a new one.
@@ -192,16 +205,18 @@ mod tests {
     }
 
     #[test]
-    fn the_hosts_namespaces_are_refused_with_a_reason() {
+    fn the_hosts_namespaces_are_refused_with_a_reason_or_ignored() {
         for (kind, word) in [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")] {
             let mut spec = host_spec();
             let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
             namespaces.retain(|namespace| namespace["type"] != kind);
-            let error = refuse_host_namespaces(&serde_json::from_value(spec).unwrap()).unwrap_err();
+            let spec: Spec = serde_json::from_value(spec).unwrap();
+            let error = check_host_namespaces(&spec, HostNamespaces::Refuse).unwrap_err();
             assert!(error.to_string().contains(word), "{error}");
+            check_host_namespaces(&spec, HostNamespaces::Ignore).unwrap();
         }
         let spec: Spec = serde_json::from_value(host_spec()).unwrap();
-        refuse_host_namespaces(&spec).unwrap();
+        check_host_namespaces(&spec, HostNamespaces::Refuse).unwrap();
         assert_eq!(network_namespace(&spec), Some("/proc/7/ns/net".into()));
     }
 

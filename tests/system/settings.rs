@@ -1,0 +1,69 @@
+//! The settings of a node, as pods of containerd come by them.
+
+use std::path::PathBuf;
+
+use fixture::containerd::{BUSYBOX, RUNTIME, ctr, run_script};
+
+/// A drop-in, gone at the end.
+struct DropIn {
+    path: PathBuf,
+}
+
+impl DropIn {
+    fn new(name: &str, text: &str) -> Self {
+        let path = PathBuf::from("/etc/hull/config.d").join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, text).unwrap();
+        Self { path }
+    }
+}
+
+impl Drop for DropIn {
+    fn drop(&mut self) {
+        // A test that fails may have removed it.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// The guest's memory and the number of its CPUs, in a pod with these annotations.
+#[track_caller]
+fn size<const N: usize>(id: &str, annotations: [&str; N]) -> (u64, String) {
+    let options: Vec<String> = annotations
+        .iter()
+        .flat_map(|pair| ["--annotation".to_owned(), format!("io.katacontainers.config.hypervisor.{pair}")])
+        .collect();
+    let script = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo; nproc";
+    let args = ["run", "--rm", "--runtime", RUNTIME].map(str::to_owned).into_iter().chain(options);
+    let said = ctr(args.chain([BUSYBOX, id, "sh", "-c", script].map(str::to_owned)));
+    let said = said.ok();
+    let (kib, cpus) = said.split_once('\n').unwrap();
+    (kib.parse::<u64>().unwrap() / 1024, cpus.to_owned())
+}
+
+#[test]
+fn a_drop_in_changes_the_memory_of_pods_and_what_annotations_do() {
+    let (default, _) = size("plain", []);
+    assert!((400..=512).contains(&default), "{default} MiB");
+    let dropped = DropIn::new(
+        "50-test.toml",
+        "[guest]\ndefault_memory_mib = 256\n[pod]\nallowed_annotations = ['default_vcpus']",
+    );
+    let (memory, cpus) = size("changed", ["default_memory=1024", "default_vcpus=2", "kernel_params=nonsense"]);
+    assert!((150..=256).contains(&memory), "{memory} MiB: the annotation was not to count");
+    assert_eq!(cpus, "2");
+    drop(dropped);
+    let (allowed, _) = size("back", ["default_memory=1024"]);
+    assert!((900..=1024).contains(&allowed), "{allowed} MiB");
+}
+
+#[test]
+fn wrong_settings_are_told_by_the_start_that_fails() {
+    let dropped = DropIn::new("60-test.toml", "[guest]\ndefault_memory = 256");
+    let said = run_script("wrong", [], "true");
+    assert_ne!(said.code, 0);
+    for word in ["60-test.toml:2", "guest.default_memory", "default_memory_mib"] {
+        assert!(said.stderr.contains(word), "{word} is not in {}", said.stderr);
+    }
+    drop(dropped);
+    assert_eq!(run_script("right", [], "echo up").ok(), "up");
+}

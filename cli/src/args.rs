@@ -112,9 +112,9 @@ pub(crate) struct Run {
     /// Use this directory as the container's root instead of an image
     #[arg(long, value_name = "DIR")]
     pub rootfs: Option<PathBuf>,
-    /// How long the guest may take to come up, in seconds; by default guest.boot_timeout_s of Hull's settings
-    #[arg(long, value_name = "SECONDS", overrides_with = "boot_timeout")]
-    pub boot_timeout: Option<u64>,
+    /// How long the guest may take to come up, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, overrides_with = "boot_timeout")]
+    pub boot_timeout: u64,
     /// Words to add to the guest kernel's command line, after those of Hull's settings
     #[arg(long, value_name = "WORDS", default_value = "", hide_default_value = true)]
     pub kernel_params: String,

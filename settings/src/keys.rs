@@ -131,9 +131,6 @@ settings! {
         default_memory_mib: MemoryMib = MemoryMib::fixed(512),
         /// Words added to the guest kernel's command line, before those that a pod or `hull run` adds.
         kernel_params: KernelParams = KernelParams::default(),
-        /// Seconds that a guest may take to come up: what 200 that start at once on a small host need. The death of
-        /// one is noticed at once.
-        boot_timeout_s: Seconds = Seconds::fixed(120),
     }
     /// The machines of pods, and of what else containerd starts.
     pod: Pod {
@@ -144,6 +141,9 @@ settings! {
         /// Memory in MiB that a machine has besides its pod's limit, for kernel and agent, so that a limit is reached
         /// before the guest is full: 64 or more.
         overhead_mib: OverheadMib = OverheadMib::fixed(96),
+        /// Seconds that a guest may take to come up: what 200 that start at once on a small host need. The death of
+        /// one is noticed at once.
+        boot_timeout_s: Seconds = Seconds::fixed(120),
         /// What becomes of a pod with hostNetwork, hostPID or hostIPC: "refuse" it, or "ignore" the wish with a warning
         /// in the log. Then it sees its own machine's network (loopback alone), processes or IPC.
         host_namespaces: HostNamespaces = HostNamespaces::Refuse,

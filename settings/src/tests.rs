@@ -57,7 +57,7 @@ fn drop_ins_win_in_the_order_of_their_names_key_by_key() {
     let place = |name: &str, line| Origin::File { path: node.dir.path().join(name), line };
     assert_eq!(guest.default_vcpus.origin, place("config.toml", 2));
     assert_eq!(guest.default_memory_mib.origin, place("config.d/20.toml", 3));
-    assert_eq!(guest.boot_timeout_s.origin, Origin::Default);
+    assert_eq!(node.read().unwrap().pod.boot_timeout_s.origin, Origin::Default);
 }
 
 #[test]

@@ -137,7 +137,7 @@ fn plan(args: Run, host: Host, settings: &Settings) -> Result<Prepared, Error> {
         hostname,
         kernel_params,
         network: parse_network(&args.net, &args.publish)?,
-        boot_timeout: Duration::from_secs(args.boot_timeout.unwrap_or(guest.boot_timeout_s.value.get())),
+        boot_timeout: Duration::from_secs(args.boot_timeout),
     };
     let files = Files { servers: args.dns, extra_hosts: args.add_host };
     let attach = if args.detached_owner { Attach::Nowhere } else { Attach::Own };

@@ -150,7 +150,7 @@ impl Pod {
             hostname: hostname.to_owned(),
             size,
             network_namespace,
-            timeout: Duration::from_secs(self.settings.guest.boot_timeout_s.value.get()),
+            timeout: Duration::from_secs(self.settings.pod.boot_timeout_s.value.get()),
         };
         Vm::boot(boot, prepare).await
     }

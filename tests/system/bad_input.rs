@@ -74,7 +74,7 @@ fn a_guest_that_never_answers() {
 
 #[test]
 fn a_kernel_that_panics() {
-    let said = hull(["run", "--rm", "--memory", "128", "--kernel-params", "rdinit=/nothing", &busybox(), "true"]);
+    let said = hull(["run", "--rm", "--memory", "128", "--kernel-params", "init=/nothing", &busybox(), "true"]);
     said.run().failed(&["virtual machine", "panic"]);
 }
 

@@ -1,6 +1,6 @@
 //! Puts the kernel and the initial RAM file system where the guest finds them.
 //!
-//! Both are mapped, not copied (see [`crate::memory`]): what this costs does not depend on their size.
+//! What the guest writes to anyway is copied, the rest is mapped (see [`crate::memory`]).
 
 use std::fs::File;
 use std::io;

@@ -1,5 +1,5 @@
 //! Guest RAM: private, anonymous memory of this process, with files laid over it where the guest starts with their
-//! contents.
+//! contents, and behind it files that the guest has as persistent memory.
 //!
 //! Nothing is copied and nothing touched that need not be: a page costs the host memory when the guest first uses it,
 //! and a page of a file that no guest wrote to is shared by all of them through the host's page cache.

@@ -26,7 +26,8 @@ import threading
 import time
 import tty
 
-QEMU = "qemu-system-x86_64"
+# Where QEMU looks for firmware; a program that is not where it was installed has to be told.
+FIRMWARE = ("/usr/share/qemu", "/usr/share/seabios")
 COULD_NOT_RUN = 125
 PORTS = ("control", "stdin", "stdout", "stderr")
 # A saved state has the devices that it was saved with, so every lab has as many share slots.
@@ -60,8 +61,9 @@ class Shape:
 
     def arguments(self):
         if self.counted:
-            # The clock is the count, so its start is fixed too.
-            mode = ["-accel", "tcg", "-icount", "shift=0,sleep=off", "-rtc", "base=2026-01-01,clock=vm"]
+            # The clock is the count, so its start is fixed too. While the CPU is idle it goes as the host's does: one that
+            # leapt to the next timer would leap on and on while the CPU waits for a disk.
+            mode = ["-accel", "tcg", "-icount", "shift=0,sleep=on", "-rtc", "base=2026-01-01,clock=vm"]
         else:
             mode = ["-accel", "tcg,thread=multi", "-rtc", "base=utc,clock=host"]
         # With five-level paging on, Debian's kernel crashes.
@@ -95,7 +97,7 @@ class Machine:
         self.sockets, theirs = {}, {}
         for name in (*PORTS, "qmp"):
             self.sockets[name], theirs[name] = socket.socketpair()
-        arguments = [QEMU, *base_arguments(images, shape), *disk, *stage_arguments(stage_fd)]
+        arguments = [f"{images}/qemu", *base_arguments(images, shape), *disk, *stage_arguments(stage_fd)]
         for slot in range(SHARE_SLOTS):
             arguments += share_arguments(slot, shares[slot] if slot < len(shares) else None, images)
         for name, end in theirs.items():
@@ -182,6 +184,7 @@ class Machine:
 
 def base_arguments(images, shape):
     arguments = ["-M", "q35", *shape.arguments(), "-nodefaults", "-no-user-config", "-display", "none",
+                 *(word for path in FIRMWARE for word in ("-L", path)),
                  "-no-reboot", "-kernel", f"{images}/kernel", "-initrd", f"{images}/initrd",
                  # tsc=reliable: no watchdog that moves the clock to a slow timer when this machine is busy.
                  # oops=panic: a lab that is damaged ends.
@@ -238,7 +241,7 @@ def make_stage(repo):
 
 def saved_state(images, shape):
     """The directory of this shape's saved state, made if it is not there yet."""
-    version = subprocess.run([QEMU, "--version"], check=True, capture_output=True).stdout
+    version = subprocess.run([f"{images}/qemu", "--version"], check=True, capture_output=True).stdout
     with open(__file__, "rb") as source:
         key = hashlib.sha256(version + source.read() + repr(shape.arguments()).encode()).hexdigest()[:16]
     state = f"{images}/state-{key}"
@@ -334,7 +337,7 @@ def run_command(machine, shape, options, shares, has_stage):
     machine.send({"argv": options.command, "env": command_environment(), "cwd": os.getcwd(),
                   "terminal": window_size() if is_terminal else None,
                   "time": None if shape.counted else time.time(), "shares": shares,
-                  # A counted lab's clock leaps to the next timer while it waits for a disk.
+                  # While a counted lab waits for a disk, its clock goes on as the host's does.
                   "stage": has_stage, "read_ahead": shape.counted})
     machine.receive(START_TIMEOUT_SECONDS)
     if options.interactive:

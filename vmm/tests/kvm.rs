@@ -7,11 +7,13 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use guest::{
-    COUNTER, POWER_OFF, SCRATCH, Step, VECTOR, failed_step, handle_interrupts, machine, map_devices, run, settings,
+    COUNTER, POWER_OFF, SCRATCH, Step, VECTOR, failed_step, handle_interrupts, machine, map_devices, map_high, run,
+    settings,
 };
 use hull_vmm::arch::layout;
-use hull_vmm::config::PmemSettings;
+use hull_vmm::config::{PmemSettings, Settings};
 use hull_vmm::outcome::Outcome;
+use hull_vmm_api::config::MAX_MEMORY_MIB;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Runs a guest that carries out `steps`, unless this machine has no KVM.
@@ -57,6 +59,24 @@ fn memory_is_there_to_its_last_byte() {
         ],
         &Outcome::PoweredOff,
     );
+}
+
+#[test]
+fn as_much_memory_as_a_vm_can_have_is_there_to_its_last_byte() {
+    let memory_mib = MAX_MEMORY_MIB;
+    let last = layout::ram(memory_mib << 20).last().unwrap().end - 8;
+    let mut steps = map_high(last);
+    steps.extend([
+        Step::Write64(last, 0x1122_3344_5566_7788),
+        Step::Expect32(last + 4, 0x1122_3344),
+        Step::Write64(SCRATCH, 7),
+        Step::Expect32(last, 0x5566_7788),
+        POWER_OFF,
+    ]);
+    let Some(machine) = machine(Settings { memory_mib, ..settings(&steps) }) else { return };
+    let memory = machine.vm().memory().clone();
+    let outcome = run(machine);
+    assert_eq!(outcome, Outcome::PoweredOff, "step {}", failed_step(&memory));
 }
 
 #[test]

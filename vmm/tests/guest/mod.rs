@@ -28,6 +28,9 @@ const IDT: u64 = 0x1_0000;
 const IDT_POINTER: u64 = 0x1_1000;
 /// A page directory for the fourth GiB, where devices are.
 const DEVICE_DIRECTORY: u64 = 0x1_2000;
+/// A page-directory-pointer table and a page directory for memory above 512 GiB.
+const HIGH_POINTERS: u64 = 0x1_3000;
+const HIGH_DIRECTORY: u64 = 0x1_4000;
 const STACK_END: u64 = 0x1_8000;
 /// Where the guest notes the address of the step behind the one that failed.
 const FAILED_AT: u64 = 0x1_9000;
@@ -201,6 +204,17 @@ pub(crate) fn map_devices(addresses: &[u64]) -> Vec<Step> {
     // The page-directory-pointer table is where the VMM put it.
     steps.push(Step::Write64(0x5000 + 8 * 3, DEVICE_DIRECTORY | 3));
     steps
+}
+
+/// Maps the 2 MiB page that holds `address`, from 512 GiB on, which is where the table of the VMM ends.
+pub(crate) fn map_high(address: u64) -> Vec<Step> {
+    let index = |shift: u32| 8 * (address >> shift & 0x1ff);
+    // The fourth-level table is where the VMM put it.
+    vec![
+        Step::Write64(0x4000 + index(39), HIGH_POINTERS | 3),
+        Step::Write64(HIGH_POINTERS + index(30), HIGH_DIRECTORY | 3),
+        Step::Write64(HIGH_DIRECTORY + index(21), address & !((2 << 20) - 1) | 0x83),
+    ]
 }
 
 /// Handles interrupt [`VECTOR`], with the local APIC on.

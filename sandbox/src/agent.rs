@@ -123,6 +123,16 @@ impl Agent {
         answer("SandboxStats", self.sandbox.sandbox_stats(short(), &Default::default()).await)
     }
 
+    /// Brings the guest's CPUs online, or takes them offline, until `count` are online; answers how many are.
+    ///
+    /// # Errors
+    ///
+    /// As every call: [`AgentError::Silent`] or [`AgentError::Refused`].
+    pub async fn online_cpus(&self, count: u32) -> Result<u32, AgentError> {
+        let request = hull_protocol::agent::OnlineCpusRequest { count, ..Default::default() };
+        answer("OnlineCpus", self.sandbox.online_cpus(short(), &request).await).map(|answer| answer.online)
+    }
+
     /// Makes the guest's network into this one.
     pub(crate) async fn update_network(&self, network: &hull_protocol::agent::Network) -> Result<(), AgentError> {
         answer("UpdateNetwork", self.sandbox.update_network(short(), network).await).map(drop)

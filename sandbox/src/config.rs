@@ -16,8 +16,10 @@ pub struct SandboxConfig {
     pub id: String,
     /// A second name that people choose, unique on the host.
     pub name: Option<String>,
-    /// Virtual CPUs.
+    /// Virtual CPUs at boot.
     pub cpus: u8,
+    /// The most that may be brought online later, [`Self::cpus`] included.
+    pub max_cpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u64,
     /// The guest's host name.
@@ -41,6 +43,14 @@ pub enum ConfigError {
     /// Too few or too many CPUs.
     #[error("{0} CPUs: a sandbox has 1 to {MAX_CPUS}")]
     Cpus(u8),
+    /// Fewer or more CPUs at most than can be.
+    #[error("{max} CPUs at most: a sandbox that starts with {cpus} may have {cpus} to {MAX_CPUS} later")]
+    MaxCpus {
+        /// How many it starts with.
+        cpus: u8,
+        /// How many it was to have at most.
+        max: u8,
+    },
     /// Too little memory.
     #[error("{0} MiB of memory: a sandbox needs {MIN_MEMORY_MIB} MiB or more")]
     MemoryTooSmall(u64),
@@ -84,6 +94,9 @@ impl SandboxConfig {
         self.name.as_deref().map_or(Ok(()), check_name)?;
         if self.cpus == 0 || self.cpus > MAX_CPUS {
             return Err(ConfigError::Cpus(self.cpus));
+        }
+        if self.max_cpus < self.cpus || self.max_cpus > MAX_CPUS {
+            return Err(ConfigError::MaxCpus { cpus: self.cpus, max: self.max_cpus });
         }
         if self.memory_mib < MIN_MEMORY_MIB {
             return Err(ConfigError::MemoryTooSmall(self.memory_mib));
@@ -130,6 +143,7 @@ mod tests {
             id: "a".into(),
             name: None,
             cpus: 1,
+            max_cpus: 1,
             memory_mib: 128,
             hostname: "a".into(),
             kernel_params: String::new(),
@@ -149,6 +163,15 @@ mod tests {
             let wish = SandboxConfig { cpus, ..config() };
             assert_eq!(wish.check_against(1024), Err(ConfigError::Cpus(cpus)));
         }
+    }
+
+    #[test]
+    fn refuses_a_most_below_the_start_or_above_what_can_be() {
+        for max_cpus in [1, MAX_CPUS + 1] {
+            let wish = SandboxConfig { cpus: 2, max_cpus, ..config() };
+            assert_eq!(wish.check_against(1024), Err(ConfigError::MaxCpus { cpus: 2, max: max_cpus }));
+        }
+        assert_eq!(SandboxConfig { max_cpus: MAX_CPUS, ..config() }.check_against(1024), Ok(()));
     }
 
     #[test]

@@ -103,7 +103,7 @@ impl Vmm {
         let (ready, ready_guest) = UnixStream::pair().map_err(VmmError::Spawn)?;
 
         let vm = VmConfig {
-            cpus: CpusConfig { boot: config.cpus, max: config.cpus },
+            cpus: CpusConfig { boot: config.cpus, max: config.max_cpus },
             memory: MemoryConfig { size_mib: config.memory_mib },
             boot: BootConfig {
                 kernel: fds.add(open(&host.kernel, OFlags::RDONLY)?),

@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use hull_sandbox::host::{Host, Places};
 
 pub use example::example;
-pub use keys::{Described, Guest, Log, MemoryMib, OverheadMib, Paths, Pod, Seconds, Settings, Vcpus};
+pub use keys::{Described, Guest, Log, MemoryMib, OverheadMib, Paths, Pod, Seconds, Settings, SpareVcpus, Vcpus};
 pub use origin::{Origin, Setting};
 pub use value::{ANNOTATIONS, Allowed, HYPERVISOR, HostNamespaces, KernelParams, Level, Number, Place};
 

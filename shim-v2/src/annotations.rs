@@ -48,7 +48,12 @@ const MIB: u64 = 1 << 20;
 /// How large a pod's VM is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Size {
+    /// What it has whatever its containers' limits are.
+    pub(crate) base_cpus: u8,
+    /// What it starts with.
     pub(crate) cpus: u8,
+    /// What it can grow to.
+    pub(crate) max_cpus: u8,
     pub(crate) memory_mib: u64,
     pub(crate) kernel_params: String,
 }
@@ -103,9 +108,12 @@ pub(crate) fn size(annotations: &Annotations, limits: Limits, settings: &Setting
         0 => 0,
         quota => quota.div_ceil(limits.cpu_period_us.max(1)),
     };
-    let cpus = cpus_default.max(cpus_limit).min(asked("default_maxvcpus")?.filter(|max| *max > 0).unwrap_or(u64::MAX));
-    let cpus = at_most("virtual CPUs", cpus, pod.max_vcpus.value.get());
-    let cpus = u8::try_from(cpus).map_err(|_| Error::Invalid(format!("{cpus} virtual CPUs are too many")))?;
+    let most = pod.max_vcpus.value.get();
+    let asked_most = asked("default_maxvcpus")?.filter(|max| *max > 0);
+    let cpus = at_most("virtual CPUs", cpus_default.max(cpus_limit).min(asked_most.unwrap_or(u64::MAX)), most);
+    let max_cpus = asked_most.unwrap_or(cpus + pod.spare_vcpus.value.get()).min(most).max(cpus);
+    let narrow =
+        |cpus: u64| u8::try_from(cpus).map_err(|_| Error::Invalid(format!("{cpus} virtual CPUs are too many")));
 
     let memory_default = asked("default_memory")?;
     let memory_mib = match (limits.memory_bytes, memory_default) {
@@ -119,7 +127,13 @@ pub(crate) fn size(annotations: &Annotations, limits: Limits, settings: &Setting
     let asked_words = allowed("kernel_params");
     words.extend(asked_words.iter().map(|(_, text)| text.as_str()));
     words.retain(|words| !words.is_empty());
-    Ok(Size { cpus, memory_mib, kernel_params: words.join(" ") })
+    Ok(Size {
+        base_cpus: narrow(cpus_default.min(cpus))?,
+        cpus: narrow(cpus)?,
+        max_cpus: narrow(max_cpus)?,
+        memory_mib,
+        kernel_params: words.join(" "),
+    })
 }
 
 /// Says which of Kata's annotations do nothing. Kata would refuse a pod for one that is not allowed; here it starts with the size
@@ -207,7 +221,28 @@ mod tests {
             ("io.katacontainers.config.hypervisor.default_memory", "2048"),
         ]);
         let size = sized(&asked, Limits::default()).unwrap();
-        assert_eq!(size, Size { cpus: 3, memory_mib: 2048, kernel_params: String::new() });
+        let kernel_params = String::new();
+        assert_eq!(size, Size { base_cpus: 3, cpus: 3, max_cpus: 3, memory_mib: 2048, kernel_params });
+    }
+
+    #[test]
+    fn a_pod_can_grow_by_what_the_node_spares_or_to_what_it_asks_for() {
+        let grown = |asked: &[(&str, &str)], quota, node: &str| {
+            let limits = Limits { memory_bytes: 0, cpu_quota_us: quota, cpu_period_us: 1 };
+            let asked: Vec<_> = asked
+                .iter()
+                .map(|(key, value)| (format!("io.katacontainers.config.hypervisor.{key}"), *value))
+                .collect();
+            let asked = asked.iter().map(|(key, value)| (key.clone(), (*value).to_owned())).collect();
+            let size = size(&asked, limits, &settings(node)).unwrap();
+            (size.base_cpus, size.cpus, size.max_cpus)
+        };
+        assert_eq!(grown(&[], 3, ""), (1, 3, 3));
+        assert_eq!(grown(&[], 3, "pod.spare_vcpus = 2"), (1, 3, 5));
+        assert_eq!(grown(&[], 3, "pod = { spare_vcpus = 2, max_vcpus = 4 }"), (1, 3, 4));
+        assert_eq!(grown(&[("default_maxvcpus", "0")], 0, "pod.spare_vcpus = 1"), (1, 1, 2));
+        assert_eq!(grown(&[("default_maxvcpus", "2"), ("default_vcpus", "2")], 4, ""), (2, 2, 2));
+        assert_eq!(grown(&[("default_maxvcpus", "20")], 0, ""), (1, 1, 20));
     }
 
     #[test]
@@ -217,7 +252,8 @@ mod tests {
             ("io.katacontainers.config.hypervisor.kernel_params", "init=/bin/sh"),
         ]);
         let none = size(&asked, Limits::default(), &settings("pod.allowed_annotations = []")).unwrap();
-        assert_eq!(none, Size { cpus: 1, memory_mib: 512, kernel_params: String::new() });
+        let kernel_params = String::new();
+        assert_eq!(none, Size { base_cpus: 1, cpus: 1, max_cpus: 1, memory_mib: 512, kernel_params });
         let node = settings("guest.kernel_params = 'quiet'\npod.allowed_annotations = ['kernel_*']");
         assert_eq!(size(&asked, Limits::default(), &node).unwrap().kernel_params, "quiet init=/bin/sh");
     }

@@ -70,6 +70,7 @@ impl Vm {
             id: boot.name,
             name: None,
             cpus: boot.size.cpus,
+            max_cpus: boot.size.max_cpus,
             memory_mib: boot.size.memory_mib,
             hostname: boot.hostname,
             kernel_params: boot.size.kernel_params,

@@ -31,7 +31,10 @@ fn a_container_lives_from_run_to_remove() {
 }
 
 fn live(handler: &str) -> Seen {
-    let pod = Pod::start(handler, |_| {});
+    let pod = Pod::start(handler, |config| {
+        let most = "io.katacontainers.config.hypervisor.default_maxvcpus";
+        config.annotations.insert(most.to_owned(), "2".to_owned());
+    });
     assert_eq!(pod.status().state, 0, "the pod is ready");
     let script = "echo out; echo err >&2; trap 'echo asked; exit 9' TERM; while :; do sleep 0.1; done";
     let container = pod.run("main", script, |config| {
@@ -100,10 +103,18 @@ fn limits_and_statistics_are_its_own(handler: &str, pod: &Pod) {
     });
     let limits = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max";
     assert_eq!(container.exec(limits), "67108864\n50000 100000", "{handler}");
+    container.update(|resources| (resources.cpu_period, resources.cpu_quota) = (100_000, 150_000));
+    assert_eq!(container.exec(limits), "67108864\n150000 100000", "{handler}");
+    if is_hull(handler) {
+        assert_eq!(container.exec("nproc"), "2", "{handler}: one and a half take two");
+    }
     container.update(|resources| {
         (resources.memory_limit_in_bytes, resources.cpu_period, resources.cpu_quota) = (48 << 20, 100_000, 20_000);
     });
     assert_eq!(container.exec(limits), "50331648\n20000 100000", "{handler}");
+    if is_hull(handler) {
+        assert_eq!(container.exec("nproc"), "1", "{handler}: the second is offline again");
+    }
 
     let before = container.stats().cpu.usage_core_nano_seconds.value;
     container.exec("i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done");

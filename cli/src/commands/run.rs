@@ -133,6 +133,7 @@ fn plan(args: Run, host: Host, settings: &Settings) -> Result<Prepared, Error> {
         id,
         name: args.name,
         cpus,
+        max_cpus: cpus,
         memory_mib,
         hostname,
         kernel_params,

@@ -14,7 +14,7 @@ use hull_sandbox::share::{RootSource, Share};
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 
-use super::{Container, Pod};
+use super::{Container, Pod, cpus};
 use crate::annotations::{self, Limits, Role, Size};
 use crate::error::{Error, Result};
 use crate::live::{Followers, LiveVolume};
@@ -45,6 +45,8 @@ impl Pod {
         let _lifecycle = self.lifecycle.lock().await;
         let bundle = PathBuf::from(&request.bundle);
         let spec = spec::read(&bundle)?;
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let cpu_limit = resources.and_then(|resources| cpus::limit(resources).ok()).flatten();
         let role = annotations::role(&spec.annotations().clone().unwrap_or_default())?;
         if self.lock().containers.contains_key(&request.id) {
             return Err(Error::Exists(format!("there is a container {} already", request.id)));
@@ -78,10 +80,15 @@ impl Pod {
         let container = Container {
             bundle: request.bundle,
             init: process.clone(),
+            cpu_limit,
             _followers: followers,
             execs: Default::default(),
         };
         self.lock().containers.insert(request.id, container);
+        if let Err(error) = self.fit_cpus().await {
+            // It runs, if on fewer CPUs than its limit allows.
+            tracing::warn!("cannot bring CPUs online: {error}");
+        }
         self.watch(process);
         Ok(pid)
     }
@@ -111,7 +118,7 @@ impl Pod {
         self.join_cgroup(spec::cgroup(&spec).as_deref())?;
         let plan = Plan::new(request);
         let prepare = |share: &Share| if is_sandbox { Ok(None) } else { plan.prepare(share, spec).map(Some) };
-        let booted = self.boot(&hostname, size, network_namespace.as_deref(), prepare).await;
+        let booted = self.boot(&hostname, size.clone(), network_namespace.as_deref(), prepare).await;
         if booted.is_err() {
             self.stop_vm().await;
         }
@@ -125,7 +132,7 @@ impl Pod {
         };
         match process {
             Ok(process) => {
-                self.adopt(vm, network_namespace);
+                self.adopt(vm, size, network_namespace);
                 Ok(process)
             }
             Err(error) => {
@@ -156,10 +163,11 @@ impl Pod {
     }
 
     /// Takes a VM that has come up for the pod's.
-    pub(super) fn adopt(self: &Arc<Self>, vm: Vm, network_namespace: Option<PathBuf>) {
+    pub(super) fn adopt(self: &Arc<Self>, vm: Vm, size: Size, network_namespace: Option<PathBuf>) {
         {
             let mut state = self.lock();
             state.vm = Some(vm.clone());
+            state.size = Some(size);
             state.network_namespace = network_namespace;
         }
         tokio::spawn(self.clone().follow_events(vm));

@@ -1,8 +1,9 @@
 //! A pod: its VM, its containers and their processes. One value owns all of it, and every service is a translator to it.
 //!
 //! Lock order: `lifecycle`, which is held across the coming and going of the VM and of containers, then a process's
-//! `telling`, then `state`, which is never held across an await.
+//! `telling`, then `cpus_online`, then `state`, which is never held across an await.
 
+mod cpus;
 mod create;
 mod delete;
 mod operate;
@@ -27,6 +28,7 @@ pub(crate) use self::create::Create;
 pub(crate) use self::sandbox::CreateSandbox;
 use self::sandbox::Sandbox;
 
+use crate::annotations::Size;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::live::Followers;
@@ -48,6 +50,8 @@ pub(crate) struct Pod {
     settings: Settings,
     publisher: Publisher,
     lifecycle: tokio::sync::Mutex<()>,
+    /// How many CPUs the guest has been told to have online, once it has been told.
+    cpus_online: tokio::sync::Mutex<Option<u8>>,
     state: Mutex<State>,
     finished: watch::Sender<bool>,
 }
@@ -55,6 +59,7 @@ pub(crate) struct Pod {
 #[derive(Debug, Default)]
 struct State {
     vm: Option<Vm>,
+    size: Option<Size>,
     containers: HashMap<String, Container>,
     /// Where the pod came by the sandbox service rather than as a container of its own.
     sandbox: Option<Sandbox>,
@@ -68,6 +73,7 @@ struct State {
 struct Container {
     bundle: String,
     init: Arc<Process>,
+    cpu_limit: cpus::Limit,
     /// Keeps its volumes up to date, until it is dropped.
     _followers: Followers,
     execs: HashMap<String, Arc<Process>>,
@@ -82,6 +88,7 @@ impl Pod {
             settings,
             publisher,
             lifecycle: tokio::sync::Mutex::default(),
+            cpus_online: tokio::sync::Mutex::default(),
             state: Mutex::default(),
             finished: watch::Sender::new(false),
         })

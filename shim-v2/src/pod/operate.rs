@@ -8,7 +8,7 @@ use containerd_shim_protos::topics;
 use hull_protocol::agent::ContainerStatsResponse;
 use oci_spec::runtime::LinuxResources;
 
-use super::Pod;
+use super::{Pod, cpus};
 use crate::error::{Error, Result};
 use crate::process::{Body, Exit, Phase, Process, SIGINT, SIGKILL, SIGTERM};
 use crate::streams::Stdio;
@@ -171,10 +171,15 @@ impl Pod {
         if process.is_virtual() {
             return Ok(());
         }
-        match process.guest()?.update(&resources).await {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.vm()?.explain(error).await),
+        if let Err(error) = process.guest()?.update(&resources).await {
+            return Err(self.vm()?.explain(error).await);
         }
+        if let Ok(limit) = cpus::limit(&resources)
+            && let Some(container) = self.lock().containers.get_mut(container_id)
+        {
+            container.cpu_limit = limit;
+        }
+        self.fit_cpus().await
     }
 
     /// What a container uses; of the pod's own, nothing.

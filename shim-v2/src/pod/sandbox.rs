@@ -97,12 +97,12 @@ impl Pod {
         })?;
         let (size, hostname, network_namespace, cgroup) = wish?;
         self.join_cgroup(cgroup.as_deref())?;
-        let booted = self.boot(&hostname, size, network_namespace.as_deref(), |_| Ok(())).await;
+        let booted = self.boot(&hostname, size.clone(), network_namespace.as_deref(), |_| Ok(())).await;
         if booted.is_err() {
             self.stop_vm().await;
         }
         let (vm, ()) = booted?;
-        self.adopt(vm.clone(), network_namespace);
+        self.adopt(vm.clone(), size, network_namespace);
         self.with_sandbox(|sandbox| sandbox.phase.send_replace(Phase::Ready))?;
         let pod = self.clone();
         tokio::spawn(async move {

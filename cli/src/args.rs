@@ -215,6 +215,19 @@ pub(crate) enum Image {
         #[arg(long, value_name = "NAME[:TAG]")]
         name: Option<String>,
     },
+    /// Fetch an image from a registry into the store
+    ///
+    /// Registries are spoken to over HTTPS, those on loopback addresses also without TLS. Credentials come from
+    /// $DOCKER_CONFIG/config.json or ~/.docker/config.json, and the credential helpers that are named there. A pull that was
+    /// killed goes on where it was.
+    Pull {
+        /// The image, with its registry; the tag is latest unless given
+        #[arg(value_name = "REGISTRY/NAME[:TAG|@DIGEST]")]
+        reference: String,
+        /// Show no progress
+        #[arg(short, long)]
+        quiet: bool,
+    },
     /// List the images in the store
     Ls {
         /// Print JSON

@@ -12,6 +12,7 @@ mod lifecycle;
 mod memory;
 mod network;
 mod output;
+mod pull;
 mod sandbox_service;
 mod settings;
 mod streams;

@@ -4,6 +4,7 @@ use hull_sandbox::host::Host;
 
 use crate::args::Image;
 use crate::image::Store;
+use crate::image::pull::{Patience, docker_config};
 use crate::{Outcome, output};
 
 pub(super) fn run(args: Image, host: &Host) -> Outcome {
@@ -11,6 +12,11 @@ pub(super) fn run(args: Image, host: &Host) -> Outcome {
     match args {
         Image::Load { source, name } => {
             let image = store.load(&source, name.as_deref())?;
+            println!("{}", image.digest());
+            Ok(0)
+        }
+        Image::Pull { reference, quiet } => {
+            let image = store.pull(&reference, docker_config(), Patience::default(), super::pull::progress(quiet))?;
             println!("{}", image.digest());
             Ok(0)
         }

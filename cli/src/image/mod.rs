@@ -9,6 +9,7 @@
 //!   images/<config digest>.json    what an image is: its configuration and its layers
 //!   names/<escaped name>           a symbolic link whose target is a config digest
 //!   layers/<diff id>/              a layer, for overlayfs
+//!   blobs/<blob digest>            a compressed layer that is being pulled; locked by whoever pulls it
 //!   uses/<diff id>                 locked while somebody unpacks, uses or removes the layer; holds its size
 //!   tmp/<pid>-<n>/                 what is being made or removed; locked by its process
 //!   lock                           held to change images and names
@@ -24,6 +25,7 @@
 mod digest;
 mod lock;
 mod lookup;
+pub mod pull;
 mod record;
 mod remove;
 mod source;
@@ -54,7 +56,7 @@ pub const DEFAULT_ROOT: &str = "/var/lib/hull";
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// Nothing has this name, digest or path.
-    #[error("no image `{}`: `hull image ls` lists what there is, `hull image load PATH` adds to it", .0.escape_debug())]
+    #[error("no image `{}`: `hull image ls` lists what there is, {} adds to it", .0.escape_debug(), adding(.0))]
     NoSuchImage(String),
     /// Several images could be meant.
     #[error("`{reference}` could be any of {candidates}: give more of the name or digest")]
@@ -107,6 +109,14 @@ pub enum ImageError {
         /// Why.
         source: io::Error,
     },
+}
+
+/// How an image that a user has asked for gets into the store.
+fn adding(reference: &str) -> String {
+    match pull::names_registry(reference) {
+        true => format!("`hull image pull {}`", reference.escape_debug()),
+        false => "`hull image load PATH` or `hull image pull REGISTRY/NAME:TAG`".to_owned(),
+    }
 }
 
 impl ImageError {

@@ -6,6 +6,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
 
+use oci_spec::image::ImageConfiguration;
+
 use super::digest::Digest;
 use super::lock::{Hold, Share, lock, try_lock};
 use super::record::{Listed, Name, Record};
@@ -184,15 +186,25 @@ impl Store {
         let details = source.details(chosen)?;
         let holds = details.layers.iter().map(|blob| self.layer(blob)).collect::<Result<Vec<_>, _>>()?;
         let diff_ids: Vec<Digest> = details.layers.iter().map(|blob| blob.diff_id).collect();
-        let record = Record {
-            digest: chosen.digest,
-            manifest: chosen.manifest,
+        Ok((self.new_record(chosen.digest, chosen.manifest, &diff_ids, details.config), holds))
+    }
+
+    /// The record of an image whose layers are all there.
+    pub(super) fn new_record(
+        &self,
+        digest: Digest,
+        manifest: Option<Digest>,
+        diff_ids: &[Digest],
+        config: ImageConfiguration,
+    ) -> Record {
+        Record {
+            digest,
+            manifest,
             size_bytes: diff_ids.iter().collect::<HashSet<_>>().into_iter().map(|id| self.layer_bytes(id)).sum(),
-            created: details.config.created().clone(),
-            layers: self.effective_layers(&diff_ids),
-            config: details.config,
-        };
-        Ok((record, holds))
+            created: config.created().clone(),
+            layers: self.effective_layers(diff_ids),
+            config,
+        }
     }
 
     /// The recorded image, if all its layers are there.
@@ -201,14 +213,14 @@ impl Store {
     }
 
     /// The record of an image whose layers are all there, and what keeps them there.
-    fn held(&self, digest: &Digest) -> Result<Option<(Record, Vec<File>)>, ImageError> {
+    pub(super) fn held(&self, digest: &Digest) -> Result<Option<(Record, Vec<File>)>, ImageError> {
         let Some(record) = self.record(digest)? else { return Ok(None) };
         let holds = record.layers.iter().map(|diff_id| self.hold_layer(diff_id));
         let holds = holds.collect::<Result<Option<Vec<_>>, _>>()?;
         Ok(holds.map(|holds| (record, holds)))
     }
 
-    fn image(&self, record: Record, name: Option<&Name>, holds: Vec<File>) -> Image {
+    pub(super) fn image(&self, record: Record, name: Option<&Name>, holds: Vec<File>) -> Image {
         Image {
             digest: record.digest,
             name: name.map_or_else(|| record.digest.to_string(), |name| name.as_str().to_owned()),
@@ -220,14 +232,14 @@ impl Store {
     }
 
     /// A shared lock on a layer, if it is there.
-    fn hold_layer(&self, diff_id: &Digest) -> Result<Option<File>, ImageError> {
+    pub(super) fn hold_layer(&self, diff_id: &Digest) -> Result<Option<File>, ImageError> {
         let path = self.use_path(diff_id);
         let hold = lock(&path, Share::Shared).map_err(ImageError::io("lock", &path))?;
         Ok(self.layer_path(diff_id).exists().then_some(hold))
     }
 
     /// A shared lock on a layer that is there, at the latest once this returns.
-    fn layer(&self, blob: &LayerBlob) -> Result<File, ImageError> {
+    pub(super) fn layer(&self, blob: &LayerBlob) -> Result<File, ImageError> {
         let path = self.use_path(&blob.diff_id);
         loop {
             // Whoever unpacks it is waited for here.
@@ -248,8 +260,7 @@ impl Store {
         let layer = |source| ImageError::Layer { diff_id: blob.diff_id, source };
         let made = DirBuilder::new().mode(0o755).create(&path).and_then(|()| File::open(&path));
         let root = made.map_err(ImageError::io("make", &path))?;
-        let free = rustix::fs::fstatvfs(&root).map_err(io::Error::from).map_err(ImageError::io("examine", &path))?;
-        let free = free.f_bavail.saturating_mul(free.f_frsize).saturating_sub(RESERVE_BYTES);
+        let free = self.free_bytes()?;
         if free < blob.region.length {
             return Err(layer(UnpackError::DiskFull));
         }
@@ -298,7 +309,7 @@ impl Store {
     }
 
     /// Makes an image that is held visible under these names, whoever may have removed it meanwhile.
-    fn publish(&self, record: &Record, names: &[Name]) -> Result<(), ImageError> {
+    pub(super) fn publish(&self, record: &Record, names: &[Name]) -> Result<(), ImageError> {
         let path = self.image_path(&record.digest);
         let is_named = |name: &Name| self.lookup(name) == Some(record.digest);
         if path.exists() && names.iter().all(is_named) {
@@ -378,7 +389,7 @@ impl Store {
     }
 
     /// Layers hold other people's setuid programs, so nobody but the owner gets near them.
-    fn make_directories(&self) -> Result<(), ImageError> {
+    pub(super) fn make_directories(&self) -> Result<(), ImageError> {
         let make = |path: &Path, mode, recursive| match DirBuilder::new().mode(mode).recursive(recursive).create(path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             other => other.map_err(ImageError::io("make", path)),
@@ -387,11 +398,29 @@ impl Store {
             make(parent, 0o755, true)?;
         }
         make(&self.root, 0o711, false)?;
-        ["images", "names", "layers", "uses", "tmp"].iter().try_for_each(|name| make(&self.at(name), 0o700, false))
+        ["images", "names", "layers", "uses", "blobs", "tmp"]
+            .iter()
+            .try_for_each(|name| make(&self.at(name), 0o700, false))
     }
 
     fn at(&self, name: &str) -> PathBuf {
         self.root.join(name)
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// What may still be written to the store's disk, in bytes.
+    pub(super) fn free_bytes(&self) -> Result<u64, ImageError> {
+        let free = rustix::fs::statvfs(&self.root).map_err(io::Error::from);
+        let free = free.map_err(ImageError::io("examine", &self.root))?;
+        Ok(free.f_bavail.saturating_mul(free.f_frsize).saturating_sub(RESERVE_BYTES))
+    }
+
+    /// Where a compressed layer is while it is pulled.
+    pub(super) fn blob_path(&self, blob: &Digest) -> PathBuf {
+        self.at("blobs").join(blob.hex())
     }
 
     fn image_path(&self, digest: &Digest) -> PathBuf {

@@ -3,5 +3,7 @@
 mod finding;
 mod hostile;
 mod loading;
+mod pulling;
+mod registry;
 mod sharing;
 mod support;

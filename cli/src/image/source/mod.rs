@@ -5,7 +5,7 @@
 
 mod blobs;
 mod docker;
-mod oci;
+pub(super) mod oci;
 
 use std::fs::File;
 use std::io;
@@ -21,9 +21,10 @@ use super::digest::{Digest, DigestError};
 use super::stream::{Format, Region};
 use super::tar::TarError;
 use blobs::Blobs;
+pub(super) use oci::{DOCKER_INDEX, DOCKER_MANIFEST, INDEXES_DEEP_MAX};
 
 /// Index, manifest and configuration: the limit that registries have, too.
-const JSON_CAP: u64 = 4 << 20;
+pub(super) const JSON_CAP: u64 = 4 << 20;
 /// Overlayfs takes 500 layers, docker makes at most 127.
 const LAYERS_MAX: usize = 128;
 
@@ -215,11 +216,7 @@ impl Source {
             Rest::Oci(manifest) => oci::details(self, manifest)?,
             Rest::Docker(item, config) => docker::details(self, item, config)?,
         };
-        let config = &details.config;
-        let (os, architecture) = (config.os().to_string(), config.architecture().to_string());
-        if (os.as_str(), architecture.as_str()) != ("linux", architecture_here()) {
-            return Err(SourceError::WrongPlatform { wanted: platform_here(), found: format!("{os}/{architecture}") });
-        }
+        check_platform(&details.config)?;
         Ok(details)
     }
 
@@ -233,7 +230,16 @@ impl Source {
     }
 }
 
-fn parse<T: DeserializeOwned>(blob: &str, json: &[u8]) -> Result<T, SourceError> {
+/// Whether an image is for this machine, whatever an index says of it.
+pub(super) fn check_platform(config: &ImageConfiguration) -> Result<(), SourceError> {
+    let (os, architecture) = (config.os().to_string(), config.architecture().to_string());
+    if (os.as_str(), architecture.as_str()) != ("linux", architecture_here()) {
+        return Err(SourceError::WrongPlatform { wanted: platform_here(), found: format!("{os}/{architecture}") });
+    }
+    Ok(())
+}
+
+pub(super) fn parse<T: DeserializeOwned>(blob: &str, json: &[u8]) -> Result<T, SourceError> {
     serde_json::from_slice(json).map_err(|source| SourceError::Json { blob: blob.to_owned(), source })
 }
 

@@ -215,6 +215,31 @@ pub(crate) enum Image {
         #[arg(long, value_name = "NAME[:TAG]")]
         name: Option<String>,
     },
+    /// Make an image of one layer from an archive of a root file system
+    Import {
+        /// A tar archive, plain or compressed with gzip or zstd
+        #[arg(value_name = "FILE")]
+        archive: PathBuf,
+        /// What to call it
+        #[arg(value_name = "NAME[:TAG]")]
+        name: String,
+    },
+    /// Write an image of the store as an OCI archive
+    ///
+    /// Layers are packed anew, so the image has digests of its own there, always the same.
+    Export {
+        /// The file to write; it appears when it is complete
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
+        #[arg(value_name = "IMAGE")]
+        image: String,
+    },
+    /// Remove layers that no image and no container uses, and what pulls that were killed have left
+    Prune {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Fetch an image from a registry into the store
     ///
     /// Registries are spoken to over HTTPS, those on loopback addresses also without TLS. Credentials come from

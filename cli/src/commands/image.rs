@@ -15,6 +15,27 @@ pub(super) fn run(args: Image, host: &Host) -> Outcome {
             println!("{}", image.digest());
             Ok(0)
         }
+        Image::Import { archive, name } => {
+            println!("{}", store.import(&archive, &name)?.digest());
+            Ok(0)
+        }
+        Image::Export { output, image } => {
+            println!("{}", store.export(&image, &output)?);
+            Ok(0)
+        }
+        Image::Prune { json } => {
+            let freed = store.prune()?;
+            if json {
+                output::json(&freed)?;
+                return Ok(0);
+            }
+            for item in &freed {
+                println!("{} {}", item.kind, item.digest);
+            }
+            let total = freed.iter().map(|item| item.size_bytes).sum();
+            println!("{} freed", output::bytes(total));
+            Ok(0)
+        }
         Image::Pull { reference, quiet } => {
             let image = store.pull(&reference, docker_config(), Patience::default(), super::pull::progress(quiet))?;
             println!("{}", image.digest());

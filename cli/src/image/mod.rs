@@ -25,6 +25,7 @@
 mod digest;
 mod lock;
 mod lookup;
+mod pack;
 pub mod pull;
 mod record;
 mod remove;
@@ -33,6 +34,7 @@ mod staging;
 mod store;
 mod stream;
 mod tar;
+mod transfer;
 mod unpack;
 pub mod user;
 
@@ -42,11 +44,13 @@ use std::path::{Path, PathBuf};
 pub use digest::{Digest, DigestError};
 pub use lock::Hold;
 use oci_spec::image::{Config, ImageConfiguration};
+pub use pack::PackError;
 pub use record::Listed;
 pub use source::SourceError;
-pub use store::Store;
+pub use store::{Freed, Store};
 pub use stream::StreamError;
 pub use tar::TarError;
+pub use transfer::ExportError;
 pub use unpack::{PathError, UnpackError};
 
 /// Where the store is unless the user says otherwise.
@@ -84,6 +88,14 @@ pub enum ImageError {
         diff_id: Digest,
         /// Why not.
         source: UnpackError,
+    },
+    /// An archive of files cannot be read.
+    #[error("{}: {source}", path.display())]
+    Archive {
+        /// The archive.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: StreamError,
     },
     /// The store belongs to somebody else.
     #[error("may not use the image store {}: run as root, or choose another store", .0.display())]

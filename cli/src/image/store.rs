@@ -31,6 +31,17 @@ pub struct Store {
     root: PathBuf,
 }
 
+/// Something that [`Store::prune`] has removed.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Freed {
+    /// `layer` or `blob`, a compressed layer that was not pulled to its end.
+    pub kind: &'static str,
+    /// Its digest.
+    pub digest: String,
+    /// What it took.
+    pub size_bytes: u64,
+}
+
 /// What to call an image that is loaded.
 enum Naming<'a> {
     Given(&'a str),
@@ -77,8 +88,16 @@ impl Store {
         if Source::looks_like_one(path) {
             return self.load_as(path, Naming::None);
         }
-        let (name, digest) = self.find(reference)?;
-        self.get(&digest, name.as_ref())?.ok_or_else(missing)
+        self.find_stored(reference)
+    }
+
+    /// Finds an image that is in the store, by name or digest as [`Store::resolve`] does.
+    pub(super) fn find_stored(&self, reference: &str) -> Result<Image, ImageError> {
+        let (name, digest) = match self.named(reference) {
+            Some((name, digest)) => (Some(name), digest),
+            None => self.find(reference)?,
+        };
+        self.get(&digest, name.as_ref())?.ok_or_else(|| ImageError::NoSuchImage(reference.to_owned()))
     }
 
     /// All images, once for each of their names, those without one last.
@@ -127,12 +146,36 @@ impl Store {
 
     /// Removes layers that no image and no [`Hold`] needs.
     pub fn collect_garbage(&self) -> Result<(), ImageError> {
+        self.remove_layers().map(drop)
+    }
+
+    /// Removes all that nobody needs: layers that no image and no [`Hold`] needs, and what pulls that died have left, which
+    /// another pull of the same image could have gone on with.
+    pub fn prune(&self) -> Result<Vec<Freed>, ImageError> {
+        // There is no store yet, so there is nothing to remove.
+        if !self.root.exists() {
+            return Ok(Vec::new());
+        }
+        self.make_directories()?;
+        let mut freed = self.remove_layers()?;
+        for blob in digests_in(&self.at("blobs"), "")? {
+            let path = self.blob_path(&blob);
+            // Whoever has the lock is pulling it.
+            let Some(file) = try_lock(&path).map_err(ImageError::io("lock", &path))? else { continue };
+            let size_bytes = file.metadata().map_err(ImageError::io("examine", &path))?.len();
+            remove_file(&path)?;
+            freed.push(Freed { kind: "blob", digest: blob.to_string(), size_bytes });
+        }
+        Ok(freed)
+    }
+
+    fn remove_layers(&self) -> Result<Vec<Freed>, ImageError> {
         let change = self.change("")?;
         let mut needed = HashSet::new();
         for digest in self.digests()? {
             needed.extend(self.record(&digest)?.map(|record| record.layers).unwrap_or_default());
         }
-        let mut doomed = Vec::new();
+        let (mut doomed, mut freed) = (Vec::new(), Vec::new());
         let known: HashSet<Digest> =
             digests_in(&self.at("layers"), "")?.chain(digests_in(&self.at("uses"), "")?).collect();
         for diff_id in known.difference(&needed) {
@@ -142,7 +185,11 @@ impl Store {
             let (layer, staging) = (self.layer_path(diff_id), self.staging()?);
             match fs::rename(&layer, staging.join("layer")) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                other => other.map_err(ImageError::io("remove", &layer))?,
+                other => {
+                    other.map_err(ImageError::io("remove", &layer))?;
+                    let size_bytes = self.layer_bytes(diff_id);
+                    freed.push(Freed { kind: "layer", digest: diff_id.to_string(), size_bytes });
+                }
             }
             remove_file(&use_path)?;
             doomed.push(staging);
@@ -150,7 +197,7 @@ impl Store {
         // The slow part needs no lock.
         drop(change);
         drop(doomed);
-        Ok(())
+        Ok(freed)
     }
 
     fn load_as(&self, path: &Path, naming: Naming<'_>) -> Result<Image, ImageError> {

@@ -7,3 +7,4 @@ mod pulling;
 mod registry;
 mod sharing;
 mod support;
+mod transferring;

@@ -9,7 +9,7 @@ pub(super) mod oci;
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -175,10 +175,7 @@ impl Source {
         let blobs = if kind.is_dir() {
             Blobs::Directory(path.to_owned())
         } else {
-            if kind.is_fifo() || kind.is_socket() || kind.is_char_device() || kind.is_block_device() {
-                return Err(not("a special file".to_owned()));
-            }
-            let file = open_regular(path).map_err(read)?;
+            let file = open_source(path)?;
             let region = Region { length: file.metadata().map_err(read)?.len(), file: Arc::new(file), offset: 0 };
             let start = Region { length: region.length.min(512), ..region.clone() }.read_all().map_err(read)?;
             if let Some(found) = what_else(&start) {
@@ -254,6 +251,21 @@ fn diff_ids(config: &ImageConfiguration, layers: usize) -> Result<Vec<Digest>, S
         return Err(SourceError::TooLarge { what, size: layers as u64, cap: LAYERS_MAX as u64 });
     }
     Ok(diff_ids.iter().map(|id| id.parse()).collect::<Result<_, _>>()?)
+}
+
+/// Opens a file that an image is to come from.
+pub(super) fn open_source(path: &Path) -> Result<File, SourceError> {
+    let read = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => SourceError::Missing(path.to_owned()),
+        _ => SourceError::Read { path: path.to_owned(), source },
+    };
+    let kind = std::fs::metadata(path).map_err(read)?.file_type();
+    let found = match () {
+        () if kind.is_file() => return open_regular(path).map_err(read),
+        () if kind.is_dir() => "a directory",
+        () => "a special file",
+    };
+    Err(SourceError::NotAnImage { path: path.to_owned(), found: found.to_owned() })
 }
 
 /// Opens a file without waiting for anything: it could have become a FIFO.

@@ -87,9 +87,25 @@ pub(crate) struct Run {
     /// guest.default_memory_mib of Hull's settings, which is 512 unless set
     #[arg(long, value_name = "MIB")]
     pub memory: Option<u64>,
-    /// Show a file or directory of the host to the container
-    #[arg(short, long, value_name = "SRC:DST[:ro]")]
+    /// Show a file or directory of the host to the container; options are ro, rw, noexec, nosuid, nodev and cache=never|auto|always
+    #[arg(short, long, value_name = "SRC:DST[:OPTION,…]")]
     pub volume: Vec<String>,
+    /// Mount something: type=bind, tmpfs, image or disk, then src=, dst=, ro; for bind cache=, for tmpfs tmpfs-size= and
+    /// tmpfs-mode=, for disk fstype= (ext4 unless given)
+    #[arg(long, value_name = "type=TYPE,…")]
+    pub mount: Vec<String>,
+    /// Mount memory of the guest; options are size=, mode=, uid=, gid=, ro, exec, suid, dev
+    #[arg(long, value_name = "DST[:OPTION,…]")]
+    pub tmpfs: Vec<String>,
+    /// Give the guest a disk, a raw file or block device; /dev/vda onwards in the container
+    #[arg(long, value_name = "FILE[:ro]")]
+    pub disk: Vec<String>,
+    /// Size of /dev/shm, in bytes or with a unit k, m or g; 0 is no limit
+    #[arg(long, value_name = "SIZE", default_value = "64m", value_parser = crate::mounts::bytes)]
+    pub shm_size: u64,
+    /// Limit what each process may use, such as nofile=1024:4096; -1 is no limit
+    #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = crate::ulimit::parse)]
+    pub ulimit: Vec<crate::ulimit::Limit>,
     /// The container's network: none; all interfaces of a namespace, netns:PATH; one that the CNI configuration of a
     /// name makes, cni:NAME
     #[arg(long, value_name = "NETWORK", default_value = "none")]

@@ -10,6 +10,7 @@ mod exec;
 mod isolation;
 mod lifecycle;
 mod memory;
+mod mounts;
 mod network;
 mod output;
 mod pull;

@@ -61,6 +61,9 @@ struct Packer<'a, W> {
     buffer: Vec<u8>,
 }
 
+/// An extended attribute's name and value.
+type Attribute = (Vec<u8>, Vec<u8>);
+
 /// One entry's header fields.
 struct Head<'a> {
     kind: u8,
@@ -68,7 +71,7 @@ struct Head<'a> {
     link: &'a [u8],
     size: u64,
     stat: &'a Stat,
-    attributes: Vec<(Vec<u8>, Vec<u8>)>,
+    attributes: Vec<Attribute>,
 }
 
 impl<W: Write> Packer<'_, W> {
@@ -285,7 +288,7 @@ fn time(stat: &Stat) -> String {
 }
 
 /// The extended attributes that an image may have, in order.
-fn attributes(file: impl AsFd) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Errno> {
+fn attributes(file: impl AsFd) -> Result<Vec<Attribute>, Errno> {
     let file = file.as_fd();
     let grown = |read: &dyn Fn(&mut [u8]) -> Result<usize, Errno>| {
         let mut buffer = vec![0; 4096];

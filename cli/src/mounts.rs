@@ -179,7 +179,12 @@ impl Mounts {
             Some(other) => return Err(format!("{other} is no type of mount; use bind, tmpfs, image or disk").into()),
             None => return Err(format!("{text} has no type; begin with type=bind, tmpfs, image or disk").into()),
         };
-        let options = vec![access(read_only)];
+        let mut options = vec![access(read_only)];
+        if read_only && matches!(kind, Kind::Disk { .. }) {
+            // libcontainer sets "ro" on the mount alone, while the file system wants to write to the disk. What it does not know it hands on to
+            // the file system, where the guest's kernel looks at the name of this option only.
+            options.push("ro=1".to_owned());
+        }
         self.mounts.push(Mount { destination: place()?, kind, options });
         Ok(())
     }
@@ -436,6 +441,7 @@ mod tests {
         let all = one(&[&format!("type=disk,src={path},dst=/d,ro"), &format!("type=disk,src={path},ro")]).unwrap();
         assert_eq!((all.disks.len(), all.mounts.len()), (2, 1));
         assert_eq!(all.mounts[0].kind, Kind::Disk { index: 0, fstype: "ext4".into() });
+        assert_eq!(all.mounts[0].options, ["ro", "ro=1"]);
     }
 
     #[test]

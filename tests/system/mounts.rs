@@ -34,9 +34,13 @@ fn shared_memory_has_the_size_it_was_given() {
 }
 
 #[test]
-fn limits_hold_in_the_container_and_for_exec() {
+fn limits_hold_for_the_program_and_for_exec() {
+    let show = "ulimit -Sn; ulimit -Hn; ulimit -c";
     let limits = ["--ulimit", "nofile=100:200", "--ulimit", "core=0"];
-    assert_eq!(with(&limits, "ulimit -Sn; ulimit -Hn; ulimit -c").ok(), "100\n200\n0");
+    assert_eq!(with(&limits, show).ok(), "100\n200\n0");
+    let image = busybox();
+    let container = fixture::Detached::start(["--memory", "128", "--ulimit", "nofile=64:128", &image, "sleep", "1000"]);
+    assert_eq!(container.exec(["sh", "-c", "ulimit -Sn; ulimit -Hn"]).run().ok(), "64\n128");
 }
 
 #[test]

@@ -87,9 +87,25 @@ pub(crate) struct Run {
     /// guest.default_memory_mib of Hull's settings, which is 512 unless set
     #[arg(long, value_name = "MIB")]
     pub memory: Option<u64>,
-    /// Show a file or directory of the host to the container
-    #[arg(short, long, value_name = "SRC:DST[:ro]")]
+    /// Show a file or directory of the host to the container; options are ro, rw, noexec, nosuid, nodev and cache=never|auto|always
+    #[arg(short, long, value_name = "SRC:DST[:OPTION,…]")]
     pub volume: Vec<String>,
+    /// Mount something: type=bind, tmpfs, image or disk, then src=, dst=, ro; for bind cache=, for tmpfs tmpfs-size= and
+    /// tmpfs-mode=, for disk fstype= (ext4 unless given)
+    #[arg(long, value_name = "type=TYPE,…")]
+    pub mount: Vec<String>,
+    /// Mount memory of the guest; options are size=, mode=, uid=, gid=, ro, exec, suid, dev
+    #[arg(long, value_name = "DST[:OPTION,…]")]
+    pub tmpfs: Vec<String>,
+    /// Give the guest a disk, a raw file or block device; /dev/vda onwards in the container
+    #[arg(long, value_name = "FILE[:ro]")]
+    pub disk: Vec<String>,
+    /// Size of /dev/shm, in bytes or with a unit k, m or g; 0 is no limit
+    #[arg(long, value_name = "SIZE", default_value = "64m", value_parser = crate::mounts::bytes)]
+    pub shm_size: u64,
+    /// Limit what each process may use, such as nofile=1024:4096; -1 is no limit
+    #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = crate::ulimit::parse)]
+    pub ulimit: Vec<crate::ulimit::Limit>,
     /// The container's network: none; all interfaces of a namespace, netns:PATH; one that the CNI configuration of a
     /// name makes, cni:NAME
     #[arg(long, value_name = "NETWORK", default_value = "none")]
@@ -214,6 +230,44 @@ pub(crate) enum Image {
         /// Name it, instead of what the image itself says
         #[arg(long, value_name = "NAME[:TAG]")]
         name: Option<String>,
+    },
+    /// Make an image of one layer from an archive of a root file system
+    Import {
+        /// A tar archive, plain or compressed with gzip or zstd
+        #[arg(value_name = "FILE")]
+        archive: PathBuf,
+        /// What to call it
+        #[arg(value_name = "NAME[:TAG]")]
+        name: String,
+    },
+    /// Write an image of the store as an OCI archive
+    ///
+    /// Layers are packed anew, so the image has digests of its own there, always the same.
+    Export {
+        /// The file to write; it appears when it is complete
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
+        #[arg(value_name = "IMAGE")]
+        image: String,
+    },
+    /// Remove layers that no image and no container uses, and what pulls that were killed have left
+    Prune {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Fetch an image from a registry into the store
+    ///
+    /// Registries are spoken to over HTTPS, those on loopback addresses also without TLS. Credentials come from
+    /// $DOCKER_CONFIG/config.json or ~/.docker/config.json, and the credential helpers that are named there. A pull that was
+    /// killed goes on where it was.
+    Pull {
+        /// The image, with its registry; the tag is latest unless given
+        #[arg(value_name = "REGISTRY/NAME[:TAG|@DIGEST]")]
+        reference: String,
+        /// Show no progress
+        #[arg(short, long)]
+        quiet: bool,
     },
     /// List the images in the store
     Ls {

@@ -9,11 +9,13 @@ mod commands;
 mod dns;
 pub mod image;
 mod log;
+mod mounts;
 mod output;
 mod spec;
 mod streams;
 mod supervise;
 mod terminal;
+mod ulimit;
 
 use std::process::ExitCode;
 

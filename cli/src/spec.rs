@@ -6,6 +6,7 @@
 use serde_json::{Value, json};
 
 use crate::Error;
+use crate::ulimit::{self, Limit};
 
 /// What a program needs besides its container.
 #[derive(Clone, Debug)]
@@ -17,16 +18,46 @@ pub(crate) struct Program {
     pub gid: u32,
     pub additional_gids: Vec<u32>,
     pub terminal: bool,
+    pub limits: Vec<Limit>,
 }
 
-/// A mount of the container whose source lies in the guest.
+/// A mount of the container, beside the usual ones.
 #[derive(Clone, Debug)]
-pub(crate) struct BindMount {
+pub(crate) struct GuestMount {
+    /// `bind`, `tmpfs` or a disk's file system.
+    pub kind: String,
     /// In the guest.
     pub source: String,
     /// In the container.
     pub destination: String,
+    pub options: Vec<String>,
+}
+
+impl GuestMount {
+    /// Something of the guest in another place.
+    pub(crate) fn bind(source: String, destination: String, options: &[String]) -> Self {
+        let options = std::iter::once("rbind".to_owned()).chain(options.iter().cloned()).collect();
+        Self { kind: "bind".to_owned(), source, destination, options }
+    }
+}
+
+/// What a container has besides its program.
+#[derive(Clone, Debug)]
+pub(crate) struct Container {
+    /// Refuse changes to its root.
     pub read_only: bool,
+    pub hostname: String,
+    /// Size of /dev/shm in bytes; 0 is no limit.
+    pub shm_bytes: u64,
+    /// How many of the guest's disks it sees.
+    pub disks: usize,
+}
+
+/// A disk's device node, in the guest and in the container.
+pub(crate) fn disk_node(index: usize) -> String {
+    // Sixteen at the most.
+    let letter = char::from(b'a' + (index % 26) as u8);
+    format!("/dev/vd{letter}")
 }
 
 /// docker's and podman's default capabilities; of `CAP_NET_RAW`, which ping needs in many images, only docker's.
@@ -58,18 +89,18 @@ pub(crate) fn process(program: &Program) -> Value {
         "capabilities": {
             "bounding": CAPABILITIES, "effective": held, "permitted": held, "inheritable": [], "ambient": [],
         },
-        "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 1_048_576, "soft": 1024 }],
+        "rlimits": ulimit::rlimits(&program.limits),
         "noNewPrivileges": false,
     })
 }
 
-/// The whole specification; `root` is the container's root in the guest.
+/// The whole specification; `root` is the container's root in the guest. What `extra` mounts takes the place of a usual mount
+/// at the same destination.
 pub(crate) fn container(
     program: &Program,
     root: &str,
-    read_only: bool,
-    hostname: &str,
-    binds: &[BindMount],
+    container: &Container,
+    extra: &[GuestMount],
 ) -> Result<oci_spec::runtime::Spec, Error> {
     let mut mounts = vec![
         json!({ "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"] }),
@@ -78,7 +109,7 @@ pub(crate) fn container(
         json!({ "destination": "/dev/pts", "type": "devpts", "source": "devpts",
             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"] }),
         json!({ "destination": "/dev/shm", "type": "tmpfs", "source": "shm",
-            "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"] }),
+            "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={}", container.shm_bytes)] }),
         json!({ "destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
             "options": ["nosuid", "noexec", "nodev"] }),
         json!({ "destination": "/sys", "type": "sysfs", "source": "sysfs",
@@ -86,16 +117,28 @@ pub(crate) fn container(
         json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
             "options": ["nosuid", "noexec", "nodev", "relatime", "ro"] }),
     ];
-    for bind in binds {
-        let access = if bind.read_only { "ro" } else { "rw" };
-        mounts.push(json!({
-            "destination": bind.destination, "type": "bind", "source": bind.source, "options": ["rbind", access],
-        }));
+    let normal = |path: &str| std::path::Path::new(path).components().collect::<std::path::PathBuf>();
+    mounts.retain(|usual| {
+        let usual = usual["destination"].as_str().unwrap_or_default();
+        extra.iter().all(|mount| normal(&mount.destination) != normal(usual))
+    });
+    for index in 0..container.disks {
+        // The container's /dev is its own, with nothing of the guest's.
+        let node = disk_node(index);
+        mounts.push(json!({ "destination": node, "type": "bind", "source": node, "options": ["bind", "rw"] }));
+    }
+    for GuestMount { kind, source, destination, options } in extra {
+        mounts.push(json!({ "destination": destination, "type": kind, "source": source, "options": options }));
+    }
+    let mut devices = vec![json!({ "allow": false, "access": "rwm" })];
+    if container.disks > 0 {
+        // All block devices of the guest that can be written to are the container's disks; their major number is not known.
+        devices.push(json!({ "allow": true, "type": "b", "access": "rw" }));
     }
     let spec = json!({
         "ociVersion": "1.2.0",
-        "root": { "path": root, "readonly": read_only },
-        "hostname": hostname,
+        "root": { "path": root, "readonly": container.read_only },
+        "hostname": container.hostname,
         "process": process(program),
         "mounts": mounts,
         "linux": {
@@ -113,7 +156,7 @@ pub(crate) fn container(
                 "/proc/sched_debug", "/proc/scsi", "/sys/firmware",
             ],
             "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
-            "resources": { "devices": [{ "allow": false, "access": "rwm" }] },
+            "resources": { "devices": devices },
         },
     });
     Ok(serde_json::from_value(spec)?)
@@ -132,16 +175,49 @@ mod tests {
             gid: uid,
             additional_gids: vec![7],
             terminal: false,
+            limits: Vec::new(),
         }
+    }
+
+    fn made(disks: usize, extra: &[GuestMount]) -> oci_spec::runtime::Spec {
+        let settings = Container { read_only: true, hostname: "host".into(), shm_bytes: 4096, disks };
+        container(&program(0), "/root", &settings, extra).unwrap()
     }
 
     #[test]
     fn the_specification_is_one() {
-        let binds = [BindMount { source: "/s".into(), destination: "/d".into(), read_only: true }];
-        let spec = container(&program(0), "/root", true, "host", &binds).unwrap();
-        let last = spec.mounts().as_ref().unwrap().last().unwrap().clone();
-        assert_eq!(last.options().as_ref().unwrap(), &["rbind", "ro"]);
+        let spec = made(0, &[GuestMount::bind("/s".into(), "/d".into(), &["ro".into()])]);
+        let mounts = spec.mounts().as_ref().unwrap();
+        assert_eq!(mounts.last().unwrap().options().as_ref().unwrap(), &["rbind", "ro"]);
         assert_eq!(spec.root().as_ref().unwrap().readonly(), Some(true));
+        let shm = mounts.iter().find(|mount| mount.destination().ends_with("shm")).unwrap();
+        assert!(shm.options().as_ref().unwrap().contains(&"size=4096".to_owned()));
+    }
+
+    #[test]
+    fn a_mount_takes_the_place_of_a_usual_one() {
+        let extra = GuestMount {
+            kind: "tmpfs".into(),
+            source: "tmpfs".into(),
+            destination: "/dev/shm/".into(),
+            options: vec!["size=1".into()],
+        };
+        let (usual, changed) = (made(0, &[]), made(0, &[extra]));
+        let count = |spec: &oci_spec::runtime::Spec| spec.mounts().as_ref().unwrap().len();
+        assert_eq!(count(&usual), count(&changed));
+    }
+
+    #[test]
+    fn only_a_container_with_disks_may_use_block_devices() {
+        let rules = |disks| {
+            let spec = made(disks, &[]);
+            let linux = spec.linux().clone().unwrap();
+            linux.resources().clone().unwrap().devices().clone().unwrap().len()
+        };
+        assert_eq!((rules(0), rules(2)), (1, 2));
+        let spec = made(2, &[]);
+        let nodes = spec.mounts().as_ref().unwrap().iter().filter(|mount| mount.destination().starts_with("/dev/vda"));
+        assert_eq!(nodes.count(), 1);
     }
 
     #[test]

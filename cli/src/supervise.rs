@@ -11,12 +11,13 @@ use hull_sandbox::container::{Connections, Process, Streams};
 use hull_sandbox::host::Host;
 use hull_sandbox::network::Network;
 use hull_sandbox::registry::{Phase, Record};
-use hull_sandbox::sandbox::{Booting, Configured, Running, SandboxError};
-use hull_sandbox::share::{RootSource, Volume};
+use hull_sandbox::sandbox::{Booting, Configured, Extras, Running, SandboxError};
+use hull_sandbox::share::RootSource;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::log::LogWriter;
-use crate::spec::{self, BindMount, Program};
+use crate::mounts::{Kind, Mounts};
+use crate::spec::{self, Container, GuestMount, Program};
 use crate::streams::{Attach, Pumps};
 use crate::terminal;
 use crate::{Error, dns};
@@ -28,15 +29,22 @@ pub(crate) struct Plan {
     pub config: SandboxConfig,
     pub record: Record,
     pub program: Program,
-    pub root: RootSource,
-    pub read_only: bool,
-    /// With their places in the container.
-    pub volumes: Vec<(Volume, String)>,
-    pub files: Files,
+    pub content: Content,
     pub streams: Streams,
     pub attach: Attach,
     /// Remove everything at the end, rather than keep record and log.
     pub remove: bool,
+}
+
+/// What the container's file system is made of.
+#[derive(Debug)]
+pub(crate) struct Content {
+    pub root: RootSource,
+    pub container: Container,
+    pub mounts: Mounts,
+    /// The layers of the images that `mounts` has, in its order.
+    pub image_layers: Vec<Vec<PathBuf>>,
+    pub files: Files,
 }
 
 /// What is decided of the files that name things on the network.
@@ -51,16 +59,17 @@ pub(crate) struct Files {
 /// Runs the plan's program and returns its exit status. `started` is called once it runs.
 pub(crate) async fn supervise(plan: Plan, started: impl FnOnce()) -> Result<u8, Error> {
     let mut signals = Signals::new()?;
-    let Plan { host, config, mut record, program, root, read_only, volumes, files, streams, attach, remove } = plan;
-    let (hostname, network) = (config.hostname.clone(), config.network.clone());
-    let booting = Configured::new(host, config)?.start()?;
+    let Plan { host, config, mut record, program, content, streams, attach, remove } = plan;
+    let network = config.network.clone();
+    let extras = Extras { caching: content.mounts.caching(), disks: content.mounts.disks.clone() };
+    let booting = Configured::new(host, config)?.with(extras).start()?;
     record.vmm_pid = booting.vmm_pid();
     let prepared = booting
         .claim()
         .write(&record)
         .map_err(Error::from)
-        .and_then(|()| prepare(&booting, &record.id, &root, &volumes, &hostname, &network, &files))
-        .and_then(|(root, binds)| spec::container(&program, &root, read_only, &hostname, &binds));
+        .and_then(|()| prepare(&booting, &record.id, &content, &network))
+        .and_then(|(root, mounts)| spec::container(&program, &root, &content.container, &mounts));
     let spec = match prepared {
         Ok(spec) => spec,
         Err(error) => {
@@ -106,32 +115,52 @@ pub(crate) async fn supervise(plan: Plan, started: impl FnOnce()) -> Result<u8, 
     }
 }
 
-/// Fills the tree that the guest sees; returns the root's place in the guest and what to bind from there.
+/// Fills the tree that the guest sees; returns the root's place in the guest and what to mount in the container.
 fn prepare(
     booting: &Booting,
     id: &str,
-    root: &RootSource,
-    volumes: &[(Volume, String)],
-    hostname: &str,
+    content: &Content,
     network: &Network,
-    files: &Files,
-) -> Result<(String, Vec<BindMount>), Error> {
+) -> Result<(String, Vec<GuestMount>), Error> {
+    let Content { root, container, mounts, image_layers, files } = content;
     let share = booting.share();
     let root = share.add_root(id, root)?;
-    let mut binds = Vec::new();
-    let hosts = dns::hosts(hostname, &booting.addresses(), &files.extra_hosts);
-    let hostname = format!("{hostname}\n");
+    let mut made = Vec::new();
+    let hosts = dns::hosts(&container.hostname, &booting.addresses(), &files.extra_hosts);
+    let hostname = format!("{}\n", container.hostname);
     let resolv_conf = dns::resolv_conf(network, &files.servers, booting.resolv_conf());
     let resolv_conf = resolv_conf.as_ref().map(|contents| ("resolv.conf", contents));
     for (name, contents) in [("hosts", &hosts), ("hostname", &hostname)].into_iter().chain(resolv_conf) {
+        let destination = format!("/etc/{name}");
+        if mounts.replaces(&destination) {
+            continue;
+        }
         let source = share.add_file(id, name, contents.as_bytes())?;
-        binds.push(BindMount { source, destination: format!("/etc/{name}"), read_only: false });
+        made.push(GuestMount::bind(source, destination, &["rw".to_owned()]));
     }
-    for (index, (volume, destination)) in volumes.iter().enumerate() {
-        let source = share.add_volume(id, index, volume)?;
-        binds.push(BindMount { source, destination: destination.clone(), read_only: volume.read_only });
+    let mut images = image_layers.iter();
+    for (index, mount) in mounts.mounts.iter().enumerate() {
+        let (destination, options) = (mount.destination.clone(), &mount.options);
+        let of_kind = |kind: &str, source: String| GuestMount {
+            kind: kind.to_owned(),
+            source,
+            destination: destination.clone(),
+            options: options.clone(),
+        };
+        made.push(match &mount.kind {
+            Kind::Bind(volume, caching) => {
+                let source = share.add_cached_volume(id, index, volume, *caching)?;
+                GuestMount::bind(source, destination, options)
+            }
+            Kind::Image(_) => {
+                let layers = images.next().map(Vec::as_slice).unwrap_or_default();
+                GuestMount::bind(share.add_image(id, index, layers)?, destination, options)
+            }
+            Kind::Tmpfs => of_kind("tmpfs", "tmpfs".to_owned()),
+            Kind::Disk { index, fstype } => of_kind(fstype, spec::disk_node(*index)),
+        });
     }
-    Ok((root, binds))
+    Ok((root, made))
 }
 
 /// A run that ended otherwise than by its program's exit.

@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 
-use hull_vmm_api::config::{BootConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, VmConfig};
+use hull_vmm_api::config::{BootConfig, ConsoleConfig, CpusConfig, MemoryConfig, VmConfig};
 use rustix::fs::OFlags;
 
 use crate::host::Host;
@@ -51,12 +51,7 @@ pub fn run(host: &Host, config: &BareConfig) -> Result<BareExit, VmmError> {
         true => Some(fds.add(std::io::stdin().as_fd().try_clone_to_owned().map_err(spawn)?)),
         false => None,
     };
-    let mut disks = Vec::new();
-    for (index, (path, read_only)) in config.disks.iter().enumerate() {
-        let access = if *read_only { OFlags::RDONLY } else { OFlags::RDWR };
-        let file = fds.add(open(path, access)?);
-        disks.push(DiskConfig { id: format!("disk{index}"), file, read_only: *read_only, serial: None });
-    }
+    let disks = fds.add_disks(&config.disks)?;
     let vm = VmConfig {
         cpus: CpusConfig { boot: config.cpus, max: config.cpus },
         memory: MemoryConfig { size_mib: config.memory_mib },

@@ -1,6 +1,6 @@
 //! The phases of a sandbox's life; see the crate's documentation for the diagram.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hull_protocol::agent as wire;
@@ -13,7 +13,7 @@ use crate::config::{ConfigError, SandboxConfig};
 use crate::host::{Host, HostError};
 use crate::network::{self, Attachment, NetworkError};
 use crate::registry::{Claim, Registry, RegistryError};
-use crate::share::{self, Share, ShareError};
+use crate::share::{self, Caching, Share, ShareError};
 use crate::vmm::{Sockets, Vmm, VmmError};
 
 /// How long a guest may take to write everything back and power off before its VMM is killed.
@@ -68,12 +68,22 @@ fn said(console: &[String]) -> String {
     if console.is_empty() { String::new() } else { format!("; its last words: {}", console.join(" | ")) }
 }
 
+/// Devices that a sandbox may have besides those of every sandbox.
+#[derive(Clone, Debug, Default)]
+pub struct Extras {
+    /// Policies that volumes are to be cached by, each at most once.
+    pub caching: Vec<Caching>,
+    /// Raw files or block devices and whether each is read-only: `/dev/vda` onwards in the guest.
+    pub disks: Vec<(PathBuf, bool)>,
+}
+
 /// A sandbox that has been checked and has its directory, but no VM.
 #[derive(Debug)]
 pub struct Configured {
     host: Host,
     config: SandboxConfig,
     claim: Claim,
+    extras: Extras,
 }
 
 /// A sandbox whose VM boots.
@@ -82,6 +92,7 @@ pub struct Booting {
     config: SandboxConfig,
     parts: Parts,
     sockets: Sockets,
+    caching: Vec<Caching>,
 }
 
 /// A sandbox whose agent answers.
@@ -122,7 +133,13 @@ impl Configured {
         config.check()?;
         host.check()?;
         let claim = Registry::new(&host.state_dir, &host.data_dir).claim(&config.id, config.name.as_deref())?;
-        Ok(Self { host, config, claim })
+        Ok(Self { host, config, claim, extras: Extras::default() })
+    }
+
+    /// Gives the VM these devices, too.
+    #[must_use]
+    pub fn with(self, extras: Extras) -> Self {
+        Self { extras, ..self }
     }
 
     /// The sandbox's directory.
@@ -138,7 +155,7 @@ impl Configured {
     ///
     /// Fails where the VMM cannot be started; nothing is left behind then.
     pub fn start(self) -> Result<Booting, SandboxError> {
-        let Self { host, config, claim } = self;
+        let Self { host, config, claim, extras } = self;
         let sockets = Sockets::in_dir(claim.dir());
         let share = match Share::create(claim.dir().join(share::DIR), claim.layers().to_owned()) {
             Ok(share) => share,
@@ -147,14 +164,17 @@ impl Configured {
                 return Err(error.into());
             }
         };
+        let trees = extras.caching.iter().try_for_each(|caching| share.add_tree(*caching)).map_err(SandboxError::from);
         // A queue for each of the guest's CPUs.
-        let network = network::attach(&config.network, &config.id, config.cpus.into(), claim.dir());
-        let started = network.map_err(SandboxError::from).and_then(|mut network| {
+        let network = || Ok(network::attach(&config.network, &config.id, config.cpus.into(), claim.dir())?);
+        let started = trees.and_then(|()| network()).and_then(|mut network| {
             let taps = network.as_mut().map(Attachment::take_taps).unwrap_or_default();
-            Ok((Vmm::spawn(&host, &config, &sockets, share.root(), taps)?, network))
+            Ok((Vmm::spawn(&host, &config, &sockets, share.root(), taps, &extras)?, network))
         });
         match started {
-            Ok((vmm, network)) => Ok(Booting { config, parts: Parts { vmm, network, share, claim }, sockets }),
+            Ok((vmm, network)) => {
+                Ok(Booting { config, parts: Parts { vmm, network, share, claim }, sockets, caching: extras.caching })
+            }
             Err(error) => {
                 share.remove()?;
                 claim.remove()?;
@@ -248,7 +268,7 @@ impl Booting {
         let network = self.parts.network.as_ref().map(|network| network.description().clone());
         let configured = tokio::select! {
             biased;
-            agent = configure_guest(&self.sockets.vsock, &self.config.hostname, network) => agent,
+            agent = configure_guest(&self.sockets.vsock, &self.config.hostname, network, &self.caching) => agent,
             ended = vmm.wait() => Err(ended.into()),
         };
         match configured {
@@ -266,21 +286,26 @@ async fn configure_guest(
     socket: &Path,
     hostname: &str,
     network: Option<wire::Network>,
+    caching: &[Caching],
 ) -> Result<(Agent, u64), SandboxError> {
     let (agent, hello) = Agent::connect(socket).await?;
     let mut entropy = vec![0; ENTROPY_BYTES];
     getrandom(&mut entropy[..], GetRandomFlags::empty()).map_err(|errno| SandboxError::Random(errno.into()))?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let shares = caching.iter().filter_map(|caching| Some((caching.share()?.0, caching.mount_point())));
+    let storages =
+        [(SHARE_TAG, SHARE_MOUNT_POINT.to_owned())].into_iter().chain(shares).map(|(tag, mount_point)| Storage {
+            source: Some(storage::Source::FsTag(tag.to_owned())),
+            fstype: "virtiofs".to_owned(),
+            mount_point,
+            ..Default::default()
+        });
+    let storages = storages.collect();
     let request = CreateSandboxRequest {
         hostname: hostname.to_owned(),
         time_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
         entropy,
-        storages: vec![Storage {
-            source: Some(storage::Source::FsTag(SHARE_TAG.to_owned())),
-            fstype: "virtiofs".to_owned(),
-            mount_point: SHARE_MOUNT_POINT.to_owned(),
-            ..Default::default()
-        }],
+        storages,
         network: network.into(),
         ..Default::default()
     };

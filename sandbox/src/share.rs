@@ -86,12 +86,44 @@ pub enum RootSource {
 }
 
 /// A directory or file of the host that a container sees.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Volume {
     /// On the host.
     pub source: PathBuf,
     /// Whether the guest can change it: enforced on the host.
     pub read_only: bool,
+}
+
+/// What the guest may cache of a volume.
+///
+/// Each policy but the usual one is a share of its own, of a directory of the tree that is named after it and that holds nothing but
+/// volumes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Caching {
+    /// Nothing: what the host changes is seen at once.
+    Never,
+    /// Names and attributes for about a second, contents until the file is opened anew.
+    #[default]
+    Auto,
+    /// Everything, for as long as there is memory: for what nobody changes on the host.
+    Always,
+}
+
+impl Caching {
+    /// The share's tag and its directory in the tree, which no container can be called; none for the share of the whole tree.
+    pub(crate) fn share(self) -> Option<(&'static str, &'static str)> {
+        match self {
+            Self::Never => Some(("hull-never", ".never")),
+            Self::Auto => None,
+            Self::Always => Some(("hull-always", ".always")),
+        }
+    }
+
+    /// Where the guest mounts the share.
+    pub(crate) fn mount_point(self) -> String {
+        let suffix = self.share().map_or("", |(_, directory)| directory);
+        format!("{SHARE_MOUNT_POINT}{suffix}")
+    }
 }
 
 /// The tree of one sandbox.
@@ -176,7 +208,24 @@ impl Share {
     ///
     /// Fails where the source is missing or the mount fails.
     pub fn add_volume(&self, container: &str, index: usize, volume: &Volume) -> Result<String, ShareError> {
-        let dir = self.root.join(container).join("volumes");
+        self.add_cached_volume(container, index, volume, Caching::Auto)
+    }
+
+    /// The same, with a policy that the sandbox was started with
+    /// ([`Configured::with`](crate::sandbox::Configured::with)).
+    ///
+    /// # Errors
+    ///
+    /// Fails where the source is missing or the mount fails.
+    pub fn add_cached_volume(
+        &self,
+        container: &str,
+        index: usize,
+        volume: &Volume,
+        caching: Caching,
+    ) -> Result<String, ShareError> {
+        let tree = caching.share().map_or_else(|| self.root.clone(), |(_, directory)| self.root.join(directory));
+        let dir = tree.join(container).join("volumes");
         make_dir_all(&dir)?;
         let target = dir.join(index.to_string());
         let metadata = std::fs::metadata(&volume.source)
@@ -187,7 +236,33 @@ impl Share {
             make_file(&target, b"")?;
         }
         bind(&volume.source, &target, volume.read_only)?;
+        Ok(format!("{}/{container}/volumes/{index}", caching.mount_point()))
+    }
+
+    /// Puts an image's files into the tree, as a volume that nobody can change, and says where the guest finds it. `layers` are as in
+    /// [`RootSource::Layers`].
+    ///
+    /// # Errors
+    ///
+    /// Fails where a layer is missing or the mount fails.
+    pub fn add_image(&self, container: &str, index: usize, layers: &[PathBuf]) -> Result<String, ShareError> {
+        let dir = self.root.join(container).join("volumes");
+        let target = dir.join(index.to_string());
+        make_dir_all(&target)?;
+        match layers {
+            [] => {}
+            // Overlayfs wants two layers unless one can be written to.
+            [layer] => bind(layer, &target, true)?,
+            layers => {
+                overlay(layers, None, &target).map_err(|errno| mount_error("the image's layers", &target, errno))?;
+            }
+        }
         Ok(format!("{SHARE_MOUNT_POINT}/{container}/volumes/{index}"))
+    }
+
+    /// Makes the directory that is the root of a share of its own.
+    pub(crate) fn add_tree(&self, caching: Caching) -> Result<(), ShareError> {
+        caching.share().map_or(Ok(()), |(_, directory)| make_dir(&self.root.join(directory)))
     }
 
     /// Makes a small file for a container and says where the guest finds it.
@@ -261,13 +336,15 @@ impl Share {
         let work = self.layers.join(container).join("work");
         make_dir_all(&upper)?;
         make_dir_all(&work)?;
-        overlay(layers, &upper, &work, target).map_err(|errno| mount_error("the container's layers", target, errno))
+        overlay(layers, Some((&upper, &work)), target)
+            .map_err(|errno| mount_error("the container's layers", target, errno))
     }
 }
 
 /// Mounts an overlay through the mount API of file descriptors, which takes any number of layers one by one; a page of
-/// options, all that mount(2) takes, holds about 40.
-fn overlay(layers: &[PathBuf], upper: &Path, work: &Path, target: &Path) -> Result<(), Errno> {
+/// options, all that mount(2) takes, holds about 40. `writable` are the directories for what is written and for the kernel's own use;
+/// without them nothing can be.
+fn overlay(layers: &[PathBuf], writable: Option<(&Path, &Path)>, target: &Path) -> Result<(), Errno> {
     use rustix::mount::{fsconfig_create, fsconfig_set_string, fsmount, fsopen, move_mount};
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&context, "source", "overlay")?;
@@ -278,17 +355,23 @@ fn overlay(layers: &[PathBuf], upper: &Path, work: &Path, target: &Path) -> Resu
         Err(Errno::INVAL) => fsconfig_set_string(&context, "lowerdir", joined(layers)?)?,
         Err(errno) => return Err(errno),
     }
-    fsconfig_set_string(&context, "upperdir", upper)?;
-    fsconfig_set_string(&context, "workdir", work)?;
-    // Layers are changed by nobody but this container, so names of directories may be redirected freely, and a crash of the
-    // host loses the container anyway.
-    let _ = fsconfig_set_string(&context, "redirect_dir", "on");
-    match rustix::mount::fsconfig_set_flag(&context, "volatile") {
-        Ok(()) | Err(Errno::INVAL) => {}
-        Err(errno) => return Err(errno),
-    }
+    let attributes = match writable {
+        Some((upper, work)) => {
+            fsconfig_set_string(&context, "upperdir", upper)?;
+            fsconfig_set_string(&context, "workdir", work)?;
+            // Layers are changed by nobody but this container, so names of directories may be redirected freely, and a crash of the
+            // host loses the container anyway.
+            let _ = fsconfig_set_string(&context, "redirect_dir", "on");
+            match rustix::mount::fsconfig_set_flag(&context, "volatile") {
+                Ok(()) | Err(Errno::INVAL) => {}
+                Err(errno) => return Err(errno),
+            }
+            MountAttrFlags::empty()
+        }
+        None => MountAttrFlags::MOUNT_ATTR_RDONLY,
+    };
     fsconfig_create(&context)?;
-    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
     move_mount(&mount, "", rustix::fs::CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
 }
 

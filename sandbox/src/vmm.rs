@@ -8,8 +8,8 @@ use std::process::Stdio;
 use command_fds::{CommandFdExt, FdMapping};
 use hull_protocol::{READY_PORT, SHARE_TAG};
 use hull_vmm_api::config::{
-    BootConfig, CachePolicy, ConsoleConfig, CpusConfig, GuestPort, MemoryConfig, NetConfig, PmemConfig, Resource,
-    ShareConfig, VmConfig, VsockConfig,
+    BootConfig, CachePolicy, ConsoleConfig, CpusConfig, DiskConfig, GuestPort, MemoryConfig, NetConfig, PmemConfig,
+    Resource, ShareConfig, VmConfig, VsockConfig,
 };
 use hull_vmm_api::exit::ExitCode;
 use rustix::fs::{Mode, OFlags};
@@ -20,6 +20,8 @@ use crate::config::SandboxConfig;
 use crate::console::Tail;
 use crate::host::Host;
 use crate::network::TapInterface;
+use crate::sandbox::Extras;
+use crate::share::Caching;
 
 /// The context identifier of every guest: sockets of different VMs never meet, since each VM has a Unix socket of its own.
 const GUEST_CID: u32 = 3;
@@ -88,13 +90,15 @@ impl Sockets {
 }
 
 impl Vmm {
-    /// Starts a VMM for `config`, whose one share is the tree at `share` and whose network interfaces are `taps`.
+    /// Starts a VMM for `config`, whose share is the tree at `share`, parts of it with other caching being shares of their own, and
+    /// whose network interfaces are `taps`.
     pub(crate) fn spawn(
         host: &Host,
         config: &SandboxConfig,
         sockets: &Sockets,
         share: &Path,
         taps: Vec<TapInterface>,
+        extras: &Extras,
     ) -> Result<Self, VmmError> {
         let mut fds = Inherited::default();
         let (console_read, console_write) = pipe()?;
@@ -117,15 +121,8 @@ impl Vmm {
                 listener: fds.add(listen(&sockets.vsock)?.into()),
                 guest_ports: vec![GuestPort { port: READY_PORT, stream: fds.add(ready_guest.into()) }],
             }),
-            shares: vec![ShareConfig {
-                id: SHARE_TAG.into(),
-                tag: SHARE_TAG.into(),
-                // In its jail the VMM sees the tree as its root.
-                root: Resource::Path("/".into()),
-                read_only: false,
-                cache: CachePolicy::Auto,
-            }],
-            disks: Vec::new(),
+            shares: [Caching::Auto].iter().chain(&extras.caching).map(|caching| share_of(*caching)).collect(),
+            disks: fds.add_disks(&extras.disks)?,
             pmems: vec![PmemConfig { id: IMAGE_ID.into(), file: fds.add(open(&host.image, OFlags::RDONLY)?) }],
             nets: taps.into_iter().enumerate().map(|(index, tap)| fds.add_net(index, tap)).collect(),
         };
@@ -238,6 +235,23 @@ pub(crate) fn as_first_of_pid_namespace<T: Send>(
     })
 }
 
+/// The share of the tree, or of the part of it, that has this policy.
+fn share_of(caching: Caching) -> ShareConfig {
+    let (tag, directory) = caching.share().unwrap_or((SHARE_TAG, ""));
+    ShareConfig {
+        id: tag.into(),
+        tag: tag.into(),
+        // In its jail the VMM sees the tree as its root.
+        root: Resource::Path(Path::new("/").join(directory)),
+        read_only: false,
+        cache: match caching {
+            Caching::Never => CachePolicy::Never,
+            Caching::Auto => CachePolicy::Auto,
+            Caching::Always => CachePolicy::Always,
+        },
+    }
+}
+
 /// What an exit status of the VMM means, as the end of a sentence about the virtual machine.
 pub(crate) fn describe(status: std::process::ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
@@ -274,6 +288,15 @@ impl Inherited {
     fn add_net(&mut self, index: usize, tap: TapInterface) -> NetConfig {
         let queues = tap.queues.into_iter().map(|queue| self.add(queue)).collect();
         NetConfig { id: format!("net{index}"), queues, mac: tap.mac, mtu: tap.mtu }
+    }
+
+    /// Opens disks and says how the configuration describes them.
+    pub(crate) fn add_disks(&mut self, disks: &[(PathBuf, bool)]) -> Result<Vec<DiskConfig>, VmmError> {
+        let disks = disks.iter().enumerate().map(|(index, (path, read_only))| {
+            let file = self.add(open(path, if *read_only { OFlags::RDONLY } else { OFlags::RDWR })?);
+            Ok(DiskConfig { id: format!("disk{index}"), file, read_only: *read_only, serial: None })
+        });
+        disks.collect()
     }
 
     pub(crate) fn into_mappings(self) -> Vec<FdMapping> {

@@ -9,6 +9,7 @@ mod inspect;
 mod kill;
 mod logs;
 mod ps;
+mod pull;
 mod rm;
 mod run;
 mod stats;

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -12,15 +11,16 @@ use hull_sandbox::host::Host;
 use hull_sandbox::network::Network;
 use hull_sandbox::network::cni::PortMapping;
 use hull_sandbox::registry::{Phase, Record};
-use hull_sandbox::share::{RootSource, Volume, enter_mount_namespace};
+use hull_sandbox::share::{RootSource, enter_mount_namespace};
 use hull_settings::Settings;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::args::{ProcessOptions, Run};
 use crate::image::{Image, Store};
-use crate::spec::{self, Program};
+use crate::mounts::Mounts;
+use crate::spec::{self, Container, Program};
 use crate::streams::Attach;
-use crate::supervise::{Files, Plan, interrupted, supervise};
+use crate::supervise::{Content, Files, Plan, interrupted, supervise};
 use crate::{Error, Outcome, terminal};
 
 /// The status of a program that Ctrl-C kept from starting: 128 + SIGINT.
@@ -41,7 +41,7 @@ pub(super) fn run(args: Run, host: Host, settings: &Settings) -> Outcome {
         enter_mount_namespace()?;
         plan(args, host, settings)
     })();
-    let outcome = prepared.and_then(|Prepared { plan, image: _image }| {
+    let outcome = prepared.and_then(|Prepared { plan, images: _images }| {
         let id = plan.record.id.clone();
         let started = || {
             // Whoever asked may have gone, which is no reason to stop.
@@ -63,19 +63,20 @@ pub(super) fn run(args: Run, host: Host, settings: &Settings) -> Outcome {
     }
 }
 
-/// A plan, and what keeps the image's layers in the store while it is carried out.
+/// A plan, and what keeps the images' layers in the store while it is carried out.
 struct Prepared {
     plan: Plan,
-    image: Option<Image>,
+    images: Vec<Image>,
 }
 
 fn plan(args: Run, host: Host, settings: &Settings) -> Result<Prepared, Error> {
     let mut words = args.words.into_iter();
+    let store = Store::open(&host.data_dir)?;
     let image = match &args.rootfs {
         Some(_) => None,
         None => {
             let reference = words.next().ok_or("no image; name one, or a root directory with --rootfs")?;
-            Some(Store::open(&host.data_dir)?.resolve(&reference)?)
+            Some(store.resolve(&reference)?)
         }
     };
     let mut command: Vec<String> = words.collect();
@@ -91,8 +92,11 @@ fn plan(args: Run, host: Host, settings: &Settings) -> Result<Prepared, Error> {
     };
     let streams = streams(&args.process)?;
     let program = program(&args.process, image.as_ref(), &root, command)?;
+    let program = Program { limits: args.ulimit, ..program };
     let hostname = args.hostname.unwrap_or_else(|| id.clone());
-    let volumes = args.volume.iter().map(|text| parse_volume(text)).collect::<Result<_, _>>()?;
+    let mounts = Mounts::parse(&args.volume, &args.mount, &args.tmpfs, &args.disk)?;
+    let mut mounted = mounts.images().map(|reference| store.resolve(reference)).collect::<Result<Vec<_>, _>>()?;
+    let image_layers = mounted.iter().map(|image| image.layers().to_vec()).collect();
     let stop_signal = match image.as_ref().and_then(Image::stop_signal) {
         Some(name) => super::parse_signal(name)?,
         None => 15,
@@ -135,17 +139,19 @@ fn plan(args: Run, host: Host, settings: &Settings) -> Result<Prepared, Error> {
         cpus,
         max_cpus: cpus,
         memory_mib,
-        hostname,
+        hostname: hostname.clone(),
         kernel_params,
         network: parse_network(&args.net, &args.publish)?,
         boot_timeout: Duration::from_secs(args.boot_timeout),
     };
     let files = Files { servers: args.dns, extra_hosts: args.add_host };
     let attach = if args.detached_owner { Attach::Nowhere } else { Attach::Own };
-    let read_only = args.read_only;
-    let plan =
-        Plan { host, config, record, program, root, read_only, volumes, files, streams, attach, remove: args.rm };
-    Ok(Prepared { plan, image })
+    let disks = mounts.disks.len();
+    let container = Container { read_only: args.read_only, hostname, shm_bytes: args.shm_size, disks };
+    let content = Content { root, container, mounts, image_layers, files };
+    let plan = Plan { host, config, record, program, content, streams, attach, remove: args.rm };
+    mounted.extend(image);
+    Ok(Prepared { plan, images: mounted })
 }
 
 /// What the image says of its program, changed by what the user says.
@@ -194,6 +200,7 @@ fn program(
         gid: user.gid,
         additional_gids: user.additional_gids,
         terminal: options.tty,
+        limits: Vec::new(),
     })
 }
 
@@ -255,30 +262,6 @@ fn parse_port(text: &str) -> Result<PortMapping, Error> {
     })
 }
 
-/// Reads `SRC:DST[:ro]`.
-fn parse_volume(text: &str) -> Result<(Volume, String), Error> {
-    let mut parts = text.split(':');
-    let (Some(source), Some(destination), access, None) = (parts.next(), parts.next(), parts.next(), parts.next())
-    else {
-        return Err(format!("{text} is no volume; write SRC:DST or SRC:DST:ro").into());
-    };
-    let read_only = match access {
-        None | Some("rw") => false,
-        Some("ro") => true,
-        Some(other) => return Err(format!("{other} is no volume option; use ro or rw").into()),
-    };
-    if !destination.starts_with('/') || destination == "/" || Path::new(destination).components().any(is_parent) {
-        return Err(format!("the volume's place {destination} must be an absolute path below /, without ..").into());
-    }
-    let source =
-        std::fs::canonicalize(source).map_err(|error| format!("the volume source {source} cannot be used: {error}"))?;
-    Ok((Volume { source, read_only }, destination.to_owned()))
-}
-
-fn is_parent(component: std::path::Component<'_>) -> bool {
-    component == std::path::Component::ParentDir
-}
-
 /// An identifier: 12 hexadecimal digits, as long as people are used to.
 pub(super) fn random_id() -> Result<String, Error> {
     let mut bytes = [0; 6];
@@ -323,19 +306,7 @@ fn report(message: &str) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use super::*;
-
-    #[test]
-    fn volumes_have_two_or_three_parts() {
-        let (volume, destination) = parse_volume("/:/data").unwrap();
-        assert_eq!((volume.source, volume.read_only, destination.as_str()), (PathBuf::from("/"), false, "/data"));
-        assert!(parse_volume("/:/data:ro").unwrap().0.read_only);
-        for text in ["", "/", "/:data", "/:/", "/:/a/../b", "/:/a:rx", "/:/a:ro:z", "/no/such/thing:/a"] {
-            assert!(parse_volume(text).is_err(), "{text:?}");
-        }
-    }
 
     #[test]
     fn networks_are_none_or_a_namespace() {

@@ -9,6 +9,7 @@
 //!   images/<config digest>.json    what an image is: its configuration and its layers
 //!   names/<escaped name>           a symbolic link whose target is a config digest
 //!   layers/<diff id>/              a layer, for overlayfs
+//!   blobs/<blob digest>            a compressed layer that is being pulled; locked by whoever pulls it
 //!   uses/<diff id>                 locked while somebody unpacks, uses or removes the layer; holds its size
 //!   tmp/<pid>-<n>/                 what is being made or removed; locked by its process
 //!   lock                           held to change images and names
@@ -24,6 +25,8 @@
 mod digest;
 mod lock;
 mod lookup;
+mod pack;
+pub mod pull;
 mod record;
 mod remove;
 mod source;
@@ -31,6 +34,7 @@ mod staging;
 mod store;
 mod stream;
 mod tar;
+mod transfer;
 mod unpack;
 pub mod user;
 
@@ -40,11 +44,13 @@ use std::path::{Path, PathBuf};
 pub use digest::{Digest, DigestError};
 pub use lock::Hold;
 use oci_spec::image::{Config, ImageConfiguration};
+pub use pack::PackError;
 pub use record::Listed;
 pub use source::SourceError;
-pub use store::Store;
+pub use store::{Freed, Store};
 pub use stream::StreamError;
 pub use tar::TarError;
+pub use transfer::ExportError;
 pub use unpack::{PathError, UnpackError};
 
 /// Where the store is unless the user says otherwise.
@@ -54,7 +60,7 @@ pub const DEFAULT_ROOT: &str = "/var/lib/hull";
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// Nothing has this name, digest or path.
-    #[error("no image `{}`: `hull image ls` lists what there is, `hull image load PATH` adds to it", .0.escape_debug())]
+    #[error("no image `{}`: `hull image ls` lists what there is, {} adds to it", .0.escape_debug(), adding(.0))]
     NoSuchImage(String),
     /// Several images could be meant.
     #[error("`{reference}` could be any of {candidates}: give more of the name or digest")]
@@ -83,6 +89,14 @@ pub enum ImageError {
         /// Why not.
         source: UnpackError,
     },
+    /// An archive of files cannot be read.
+    #[error("{}: {source}", path.display())]
+    Archive {
+        /// The archive.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: StreamError,
+    },
     /// The store belongs to somebody else.
     #[error("may not use the image store {}: run as root, or choose another store", .0.display())]
     Permission(PathBuf),
@@ -107,6 +121,14 @@ pub enum ImageError {
         /// Why.
         source: io::Error,
     },
+}
+
+/// How an image that a user has asked for gets into the store.
+fn adding(reference: &str) -> String {
+    match pull::names_registry(reference) {
+        true => format!("`hull image pull {}`", reference.escape_debug()),
+        false => "`hull image load PATH` or `hull image pull REGISTRY/NAME:TAG`".to_owned(),
+    }
 }
 
 impl ImageError {

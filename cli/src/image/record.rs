@@ -64,7 +64,12 @@ pub(super) struct Name(String);
 
 impl Name {
     /// Reads a name as a user or an image gives it; without a tag it gets `latest`.
+    ///
+    /// One that ends in `@` and a digest needs no tag: what is pulled so is called so.
     pub(super) fn parse(text: &str) -> Result<Self, ImageError> {
+        let whole = text;
+        let digest = text.rsplit_once('@').filter(|(_, digest)| digest.parse::<Digest>().is_ok());
+        let text = digest.map_or(text, |(front, _)| front);
         let bad = |why| ImageError::Name { name: text.chars().take(NAME_MAX).collect(), why };
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-/:".contains(c);
         if text.is_empty() {
@@ -80,7 +85,8 @@ impl Name {
             return Err(bad("has an empty part"));
         }
         let last = text.rsplit('/').next().unwrap_or_default();
-        let name = Self(if last.contains(':') { text.to_owned() } else { format!("{text}{DEFAULT_TAG}") });
+        let complete = last.contains(':') || digest.is_some();
+        let name = Self(if complete { whole.to_owned() } else { format!("{text}{DEFAULT_TAG}") });
         match name.file_name().len() {
             0..=NAME_MAX => Ok(name),
             _ => Err(bad("is too long")),
@@ -112,12 +118,14 @@ mod tests {
 
     #[test]
     fn a_name_without_tag_gets_one() {
+        let pinned = format!("r.example/app@{}", Digest::of(b""));
         for (given, kept) in [
             ("debian", "debian:latest"),
             ("debian:12", "debian:12"),
             ("library/debian", "library/debian:latest"),
             ("localhost:5000/app", "localhost:5000/app:latest"),
             ("localhost:5000/app:v1", "localhost:5000/app:v1"),
+            (&pinned, &pinned),
         ] {
             let name = Name::parse(given).unwrap();
             assert_eq!(name.as_str(), kept);

@@ -6,6 +6,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
 
+use oci_spec::image::ImageConfiguration;
+
 use super::digest::Digest;
 use super::lock::{Hold, Share, lock, try_lock};
 use super::record::{Listed, Name, Record};
@@ -27,6 +29,17 @@ const SHOWN: usize = 5;
 #[derive(Clone, Debug)]
 pub struct Store {
     root: PathBuf,
+}
+
+/// Something that [`Store::prune`] has removed.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Freed {
+    /// `layer` or `blob`, a compressed layer that was not pulled to its end.
+    pub kind: &'static str,
+    /// Its digest.
+    pub digest: String,
+    /// What it took.
+    pub size_bytes: u64,
 }
 
 /// What to call an image that is loaded.
@@ -75,8 +88,16 @@ impl Store {
         if Source::looks_like_one(path) {
             return self.load_as(path, Naming::None);
         }
-        let (name, digest) = self.find(reference)?;
-        self.get(&digest, name.as_ref())?.ok_or_else(missing)
+        self.find_stored(reference)
+    }
+
+    /// Finds an image that is in the store, by name or digest as [`Store::resolve`] does.
+    pub(super) fn find_stored(&self, reference: &str) -> Result<Image, ImageError> {
+        let (name, digest) = match self.named(reference) {
+            Some((name, digest)) => (Some(name), digest),
+            None => self.find(reference)?,
+        };
+        self.get(&digest, name.as_ref())?.ok_or_else(|| ImageError::NoSuchImage(reference.to_owned()))
     }
 
     /// All images, once for each of their names, those without one last.
@@ -125,12 +146,36 @@ impl Store {
 
     /// Removes layers that no image and no [`Hold`] needs.
     pub fn collect_garbage(&self) -> Result<(), ImageError> {
+        self.remove_layers().map(drop)
+    }
+
+    /// Removes all that nobody needs: layers that no image and no [`Hold`] needs, and what pulls that died have left, which
+    /// another pull of the same image could have gone on with.
+    pub fn prune(&self) -> Result<Vec<Freed>, ImageError> {
+        // There is no store yet, so there is nothing to remove.
+        if !self.root.exists() {
+            return Ok(Vec::new());
+        }
+        self.make_directories()?;
+        let mut freed = self.remove_layers()?;
+        for blob in digests_in(&self.at("blobs"), "")? {
+            let path = self.blob_path(&blob);
+            // Whoever has the lock is pulling it.
+            let Some(file) = try_lock(&path).map_err(ImageError::io("lock", &path))? else { continue };
+            let size_bytes = file.metadata().map_err(ImageError::io("examine", &path))?.len();
+            remove_file(&path)?;
+            freed.push(Freed { kind: "blob", digest: blob.to_string(), size_bytes });
+        }
+        Ok(freed)
+    }
+
+    fn remove_layers(&self) -> Result<Vec<Freed>, ImageError> {
         let change = self.change("")?;
         let mut needed = HashSet::new();
         for digest in self.digests()? {
             needed.extend(self.record(&digest)?.map(|record| record.layers).unwrap_or_default());
         }
-        let mut doomed = Vec::new();
+        let (mut doomed, mut freed) = (Vec::new(), Vec::new());
         let known: HashSet<Digest> =
             digests_in(&self.at("layers"), "")?.chain(digests_in(&self.at("uses"), "")?).collect();
         for diff_id in known.difference(&needed) {
@@ -140,7 +185,11 @@ impl Store {
             let (layer, staging) = (self.layer_path(diff_id), self.staging()?);
             match fs::rename(&layer, staging.join("layer")) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                other => other.map_err(ImageError::io("remove", &layer))?,
+                other => {
+                    other.map_err(ImageError::io("remove", &layer))?;
+                    let size_bytes = self.layer_bytes(diff_id);
+                    freed.push(Freed { kind: "layer", digest: diff_id.to_string(), size_bytes });
+                }
             }
             remove_file(&use_path)?;
             doomed.push(staging);
@@ -148,7 +197,7 @@ impl Store {
         // The slow part needs no lock.
         drop(change);
         drop(doomed);
-        Ok(())
+        Ok(freed)
     }
 
     fn load_as(&self, path: &Path, naming: Naming<'_>) -> Result<Image, ImageError> {
@@ -184,15 +233,25 @@ impl Store {
         let details = source.details(chosen)?;
         let holds = details.layers.iter().map(|blob| self.layer(blob)).collect::<Result<Vec<_>, _>>()?;
         let diff_ids: Vec<Digest> = details.layers.iter().map(|blob| blob.diff_id).collect();
-        let record = Record {
-            digest: chosen.digest,
-            manifest: chosen.manifest,
+        Ok((self.new_record(chosen.digest, chosen.manifest, &diff_ids, details.config), holds))
+    }
+
+    /// The record of an image whose layers are all there.
+    pub(super) fn new_record(
+        &self,
+        digest: Digest,
+        manifest: Option<Digest>,
+        diff_ids: &[Digest],
+        config: ImageConfiguration,
+    ) -> Record {
+        Record {
+            digest,
+            manifest,
             size_bytes: diff_ids.iter().collect::<HashSet<_>>().into_iter().map(|id| self.layer_bytes(id)).sum(),
-            created: details.config.created().clone(),
-            layers: self.effective_layers(&diff_ids),
-            config: details.config,
-        };
-        Ok((record, holds))
+            created: config.created().clone(),
+            layers: self.effective_layers(diff_ids),
+            config,
+        }
     }
 
     /// The recorded image, if all its layers are there.
@@ -201,14 +260,14 @@ impl Store {
     }
 
     /// The record of an image whose layers are all there, and what keeps them there.
-    fn held(&self, digest: &Digest) -> Result<Option<(Record, Vec<File>)>, ImageError> {
+    pub(super) fn held(&self, digest: &Digest) -> Result<Option<(Record, Vec<File>)>, ImageError> {
         let Some(record) = self.record(digest)? else { return Ok(None) };
         let holds = record.layers.iter().map(|diff_id| self.hold_layer(diff_id));
         let holds = holds.collect::<Result<Option<Vec<_>>, _>>()?;
         Ok(holds.map(|holds| (record, holds)))
     }
 
-    fn image(&self, record: Record, name: Option<&Name>, holds: Vec<File>) -> Image {
+    pub(super) fn image(&self, record: Record, name: Option<&Name>, holds: Vec<File>) -> Image {
         Image {
             digest: record.digest,
             name: name.map_or_else(|| record.digest.to_string(), |name| name.as_str().to_owned()),
@@ -220,14 +279,14 @@ impl Store {
     }
 
     /// A shared lock on a layer, if it is there.
-    fn hold_layer(&self, diff_id: &Digest) -> Result<Option<File>, ImageError> {
+    pub(super) fn hold_layer(&self, diff_id: &Digest) -> Result<Option<File>, ImageError> {
         let path = self.use_path(diff_id);
         let hold = lock(&path, Share::Shared).map_err(ImageError::io("lock", &path))?;
         Ok(self.layer_path(diff_id).exists().then_some(hold))
     }
 
     /// A shared lock on a layer that is there, at the latest once this returns.
-    fn layer(&self, blob: &LayerBlob) -> Result<File, ImageError> {
+    pub(super) fn layer(&self, blob: &LayerBlob) -> Result<File, ImageError> {
         let path = self.use_path(&blob.diff_id);
         loop {
             // Whoever unpacks it is waited for here.
@@ -248,8 +307,7 @@ impl Store {
         let layer = |source| ImageError::Layer { diff_id: blob.diff_id, source };
         let made = DirBuilder::new().mode(0o755).create(&path).and_then(|()| File::open(&path));
         let root = made.map_err(ImageError::io("make", &path))?;
-        let free = rustix::fs::fstatvfs(&root).map_err(io::Error::from).map_err(ImageError::io("examine", &path))?;
-        let free = free.f_bavail.saturating_mul(free.f_frsize).saturating_sub(RESERVE_BYTES);
+        let free = self.free_bytes()?;
         if free < blob.region.length {
             return Err(layer(UnpackError::DiskFull));
         }
@@ -298,7 +356,7 @@ impl Store {
     }
 
     /// Makes an image that is held visible under these names, whoever may have removed it meanwhile.
-    fn publish(&self, record: &Record, names: &[Name]) -> Result<(), ImageError> {
+    pub(super) fn publish(&self, record: &Record, names: &[Name]) -> Result<(), ImageError> {
         let path = self.image_path(&record.digest);
         let is_named = |name: &Name| self.lookup(name) == Some(record.digest);
         if path.exists() && names.iter().all(is_named) {
@@ -378,7 +436,7 @@ impl Store {
     }
 
     /// Layers hold other people's setuid programs, so nobody but the owner gets near them.
-    fn make_directories(&self) -> Result<(), ImageError> {
+    pub(super) fn make_directories(&self) -> Result<(), ImageError> {
         let make = |path: &Path, mode, recursive| match DirBuilder::new().mode(mode).recursive(recursive).create(path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             other => other.map_err(ImageError::io("make", path)),
@@ -387,11 +445,29 @@ impl Store {
             make(parent, 0o755, true)?;
         }
         make(&self.root, 0o711, false)?;
-        ["images", "names", "layers", "uses", "tmp"].iter().try_for_each(|name| make(&self.at(name), 0o700, false))
+        ["images", "names", "layers", "uses", "blobs", "tmp"]
+            .iter()
+            .try_for_each(|name| make(&self.at(name), 0o700, false))
     }
 
     fn at(&self, name: &str) -> PathBuf {
         self.root.join(name)
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// What may still be written to the store's disk, in bytes.
+    pub(super) fn free_bytes(&self) -> Result<u64, ImageError> {
+        let free = rustix::fs::statvfs(&self.root).map_err(io::Error::from);
+        let free = free.map_err(ImageError::io("examine", &self.root))?;
+        Ok(free.f_bavail.saturating_mul(free.f_frsize).saturating_sub(RESERVE_BYTES))
+    }
+
+    /// Where a compressed layer is while it is pulled.
+    pub(super) fn blob_path(&self, blob: &Digest) -> PathBuf {
+        self.at("blobs").join(blob.hex())
     }
 
     fn image_path(&self, digest: &Digest) -> PathBuf {

@@ -156,6 +156,36 @@ where
     Ok(value)
 }
 
+/// The digest of what a blob decompresses to.
+pub(super) fn content_digest(region: &Region) -> Result<Digest, StreamError> {
+    let mut source = Source::new(region);
+    let format = Format::of(source.fill_buf().map_err(StreamError::Read)?);
+    let mut hasher = Sha256::new();
+    let hashed = match format {
+        Format::Plain => io::copy(&mut source, &mut Sink(&mut hasher)).map_err(StreamError::Read),
+        Format::Gzip => io::copy(&mut MultiGzDecoder::new(&mut source), &mut Sink(&mut hasher))
+            .map_err(|source| StreamError::Decompress { format: "gzip", source }),
+        Format::Zstd => zstd::Decoder::with_buffer(&mut source)
+            .and_then(|mut decoder| io::copy(&mut decoder, &mut Sink(&mut hasher)))
+            .map_err(|source| StreamError::Decompress { format: "zstd", source }),
+        Format::Other(name) => Err(StreamError::Compression(name)),
+    };
+    hashed.map(|_| Digest::finish(hasher))
+}
+
+struct Sink<'a>(&'a mut Sha256);
+
+impl io::Write for Sink<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// A layer's decompressed bytes.
 pub(super) struct Content {
     full: Receiver<Vec<u8>>,

@@ -3,5 +3,8 @@
 mod finding;
 mod hostile;
 mod loading;
+mod pulling;
+mod registry;
 mod sharing;
 mod support;
+mod transferring;

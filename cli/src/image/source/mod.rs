@@ -5,11 +5,11 @@
 
 mod blobs;
 mod docker;
-mod oci;
+pub(super) mod oci;
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,9 +21,10 @@ use super::digest::{Digest, DigestError};
 use super::stream::{Format, Region};
 use super::tar::TarError;
 use blobs::Blobs;
+pub(super) use oci::{DOCKER_INDEX, DOCKER_MANIFEST, INDEXES_DEEP_MAX};
 
 /// Index, manifest and configuration: the limit that registries have, too.
-const JSON_CAP: u64 = 4 << 20;
+pub(super) const JSON_CAP: u64 = 4 << 20;
 /// Overlayfs takes 500 layers, docker makes at most 127.
 const LAYERS_MAX: usize = 128;
 
@@ -174,10 +175,7 @@ impl Source {
         let blobs = if kind.is_dir() {
             Blobs::Directory(path.to_owned())
         } else {
-            if kind.is_fifo() || kind.is_socket() || kind.is_char_device() || kind.is_block_device() {
-                return Err(not("a special file".to_owned()));
-            }
-            let file = open_regular(path).map_err(read)?;
+            let file = open_source(path)?;
             let region = Region { length: file.metadata().map_err(read)?.len(), file: Arc::new(file), offset: 0 };
             let start = Region { length: region.length.min(512), ..region.clone() }.read_all().map_err(read)?;
             if let Some(found) = what_else(&start) {
@@ -215,11 +213,7 @@ impl Source {
             Rest::Oci(manifest) => oci::details(self, manifest)?,
             Rest::Docker(item, config) => docker::details(self, item, config)?,
         };
-        let config = &details.config;
-        let (os, architecture) = (config.os().to_string(), config.architecture().to_string());
-        if (os.as_str(), architecture.as_str()) != ("linux", architecture_here()) {
-            return Err(SourceError::WrongPlatform { wanted: platform_here(), found: format!("{os}/{architecture}") });
-        }
+        check_platform(&details.config)?;
         Ok(details)
     }
 
@@ -233,7 +227,16 @@ impl Source {
     }
 }
 
-fn parse<T: DeserializeOwned>(blob: &str, json: &[u8]) -> Result<T, SourceError> {
+/// Whether an image is for this machine, whatever an index says of it.
+pub(super) fn check_platform(config: &ImageConfiguration) -> Result<(), SourceError> {
+    let (os, architecture) = (config.os().to_string(), config.architecture().to_string());
+    if (os.as_str(), architecture.as_str()) != ("linux", architecture_here()) {
+        return Err(SourceError::WrongPlatform { wanted: platform_here(), found: format!("{os}/{architecture}") });
+    }
+    Ok(())
+}
+
+pub(super) fn parse<T: DeserializeOwned>(blob: &str, json: &[u8]) -> Result<T, SourceError> {
     serde_json::from_slice(json).map_err(|source| SourceError::Json { blob: blob.to_owned(), source })
 }
 
@@ -248,6 +251,21 @@ fn diff_ids(config: &ImageConfiguration, layers: usize) -> Result<Vec<Digest>, S
         return Err(SourceError::TooLarge { what, size: layers as u64, cap: LAYERS_MAX as u64 });
     }
     Ok(diff_ids.iter().map(|id| id.parse()).collect::<Result<_, _>>()?)
+}
+
+/// Opens a file that an image is to come from.
+pub(super) fn open_source(path: &Path) -> Result<File, SourceError> {
+    let read = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => SourceError::Missing(path.to_owned()),
+        _ => SourceError::Read { path: path.to_owned(), source },
+    };
+    let kind = std::fs::metadata(path).map_err(read)?.file_type();
+    let found = match () {
+        () if kind.is_file() => return open_regular(path).map_err(read),
+        () if kind.is_dir() => "a directory",
+        () => "a special file",
+    };
+    Err(SourceError::NotAnImage { path: path.to_owned(), found: found.to_owned() })
 }
 
 /// Opens a file without waiting for anything: it could have become a FIFO.

@@ -1,19 +1,19 @@
 //! OCI image layouts: index, perhaps indexes below it, manifest, configuration, layers.
 
-use oci_spec::image::{Descriptor, ImageIndex, ImageManifest, MediaType};
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType};
 
 use super::{Chosen, Details, LayerBlob, Rest, Source, SourceError, architecture_here, diff_ids, parse, platform_here};
 use crate::image::digest::Digest;
 use crate::image::stream::Region;
 
 /// An index in an index is usual for images of several architectures; more is not.
-const INDEXES_DEEP_MAX: usize = 4;
+pub(in crate::image) const INDEXES_DEEP_MAX: usize = 4;
 /// Indexes that are read to find one image.
 const INDEXES_MAX: usize = 64;
 
 /// Docker's names for the same documents.
-const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
-const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+pub(in crate::image) const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+pub(in crate::image) const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 const DOCKER_LAYERS: [&str; 5] = [
     "application/vnd.docker.image.rootfs.diff.tar",
@@ -28,7 +28,7 @@ const NAME_ANNOTATION: &str = "io.containerd.image.name";
 /// A name, or only a tag.
 const REF_ANNOTATION: &str = "org.opencontainers.image.ref.name";
 
-pub(super) type Manifest = ImageManifest;
+pub(in crate::image) type Manifest = ImageManifest;
 
 /// A manifest that an index leads to.
 struct Candidate {
@@ -90,13 +90,8 @@ pub(super) fn choose(source: &Source, name: Option<&str>) -> Result<Chosen, Sour
         }
     }
     let manifest: ImageManifest = parse("the image's manifest", &read(source, &first.descriptor, "the manifest")?)?;
-    match manifest.config().media_type() {
-        MediaType::ImageConfig => {}
-        MediaType::Other(other) if other == DOCKER_CONFIG => {}
-        other => return Err(SourceError::MediaType { what: "the configuration", media_type: other.to_string() }),
-    }
     Ok(Chosen {
-        digest: digest_of(manifest.config())?,
+        digest: config_digest(&manifest)?,
         manifest: Some(digest_of(&first.descriptor)?),
         names,
         rest: Rest::Oci(Box::new(manifest)),
@@ -105,14 +100,68 @@ pub(super) fn choose(source: &Source, name: Option<&str>) -> Result<Chosen, Sour
 
 pub(super) fn details(source: &Source, manifest: &Manifest) -> Result<Details, SourceError> {
     let config = parse("the image's configuration", &read(source, manifest.config(), "the configuration")?)?;
-    let descriptors = manifest.layers();
-    let mut layers = Vec::with_capacity(descriptors.len().min(super::LAYERS_MAX));
-    for (descriptor, diff_id) in descriptors.iter().zip(diff_ids(&config, descriptors.len())?) {
-        check_layer_type(descriptor.media_type())?;
+    let found = layers(manifest, &config)?.into_iter().zip(manifest.layers()).map(|((_, _, diff_id), descriptor)| {
         let (region, digest) = find(source, descriptor, "a layer")?;
-        layers.push(LayerBlob { diff_id, digest: Some(digest), region });
-    }
+        Ok(LayerBlob { diff_id, digest: Some(digest), region })
+    });
+    let layers = found.collect::<Result<_, SourceError>>()?;
     Ok(Details { config, layers })
+}
+
+/// The digest of the image's configuration, if it is one.
+pub(in crate::image) fn config_digest(manifest: &Manifest) -> Result<Digest, SourceError> {
+    match manifest.config().media_type() {
+        MediaType::ImageConfig => {}
+        MediaType::Other(other) if other == DOCKER_CONFIG => {}
+        other => return Err(SourceError::MediaType { what: "the configuration", media_type: other.to_string() }),
+    }
+    digest_of(manifest.config())
+}
+
+/// Blob, compressed size in bytes and diff id of each layer, bottom first.
+pub(in crate::image) fn layers(
+    manifest: &Manifest,
+    config: &ImageConfiguration,
+) -> Result<Vec<(Digest, u64, Digest)>, SourceError> {
+    let descriptors = manifest.layers();
+    let diff_ids = diff_ids(config, descriptors.len())?;
+    let described = descriptors.iter().zip(diff_ids).map(|(descriptor, diff_id)| {
+        check_layer_type(descriptor.media_type())?;
+        Ok((digest_of(descriptor)?, descriptor.size(), diff_id))
+    });
+    described.collect()
+}
+
+/// What of a registry's index is for this machine: a manifest, or if there is none an index.
+pub(in crate::image) fn for_this_machine(index: &ImageIndex) -> Result<Digest, SourceError> {
+    let candidate = |descriptor: &Descriptor| Candidate { name: None, reference: None, descriptor: descriptor.clone() };
+    let images = index.manifests().iter().filter(|listed| kind(listed.media_type()).is_some()).map(candidate);
+    let (mut fitting, others): (Vec<_>, Vec<_>) = images.partition(Candidate::fits);
+    // Stable, so the first of equals stays the first.
+    fitting.sort_by_key(|candidate| {
+        (kind(candidate.descriptor.media_type()) == Some(Kind::Index), candidate.has_variant())
+    });
+    let Some(first) = fitting.first() else {
+        return Err(SourceError::WrongPlatform { wanted: platform_here(), found: platforms(&others) });
+    };
+    digest_of(&first.descriptor)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Index,
+    Manifest,
+}
+
+/// What of an image a descriptor leads to, if anything.
+fn kind(media_type: &MediaType) -> Option<Kind> {
+    match media_type {
+        MediaType::ImageIndex => Some(Kind::Index),
+        MediaType::ImageManifest => Some(Kind::Manifest),
+        MediaType::Other(other) if other == DOCKER_INDEX => Some(Kind::Index),
+        MediaType::Other(other) if other == DOCKER_MANIFEST => Some(Kind::Manifest),
+        _ => None,
+    }
 }
 
 /// Which compression a layer has is seen from its first bytes; its type only says that it is one.
@@ -151,13 +200,11 @@ impl Walk<'_> {
                 reference: annotation(REF_ANNOTATION).or_else(|| inherited(|parent| &parent.reference)),
                 descriptor: descriptor.clone(),
             };
-            match descriptor.media_type() {
-                MediaType::ImageIndex => self.nested(&candidate, depth)?,
-                MediaType::Other(other) if other == DOCKER_INDEX => self.nested(&candidate, depth)?,
-                MediaType::ImageManifest => self.found.push(candidate),
-                MediaType::Other(other) if other == DOCKER_MANIFEST => self.found.push(candidate),
+            match kind(descriptor.media_type()) {
+                Some(Kind::Index) => self.nested(&candidate, depth)?,
+                Some(Kind::Manifest) => self.found.push(candidate),
                 // Whatever else an index lists is no image.
-                _ => {}
+                None => {}
             }
         }
         Ok(())

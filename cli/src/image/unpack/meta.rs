@@ -85,7 +85,7 @@ impl Meta {
 /// Whether an image may set this attribute.
 ///
 /// `trusted.overlay.*` steers overlayfs, security labels steer the host's policy: neither is the image's to set.
-fn wanted(name: &[u8]) -> bool {
+pub(in crate::image) fn wanted(name: &[u8]) -> bool {
     match name {
         b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default" => true,
         _ => name.starts_with(b"user.") && !name.starts_with(b"user.overlay.") && !name.contains(&0),

@@ -12,13 +12,14 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 
+pub(super) use meta::wanted as is_wanted_attribute;
 use meta::{Maker, Meta};
 pub use path::PathError;
 use path::{normalise, split};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, makedev};
 use rustix::io::Errno;
-pub(super) use tree::is_opaque;
 use tree::{Tree, set_opaque, stat};
+pub(super) use tree::{is_opaque, opaque};
 
 use super::stream::StreamError;
 use super::tar::{Entry, Input, Kind, Reader, TarError, printable};

@@ -162,6 +162,12 @@ fn umask() -> u32 {
     umask.and_then(|text| u32::from_str_radix(text.trim(), 8).ok()).unwrap_or(0o777)
 }
 
+/// Whether this directory hides what lower layers have in it.
+pub(in crate::image) fn opaque(directory: impl AsFd) -> bool {
+    let mut value = [0];
+    matches!(rustix::fs::fgetxattr(directory, OPAQUE, &mut value), Ok(1)) && value == *b"y"
+}
+
 /// Whether the unpacked layer at `path` hides all layers below it.
 pub(in super::super) fn is_opaque(path: &std::path::Path) -> bool {
     let mut value = [0];

@@ -1,0 +1,31 @@
+//! Images from a registry.
+
+use std::path::Path;
+
+use fixture::registry::{ADDRESS, Registry};
+use fixture::{busybox, hull};
+
+/// One test for all: there is one address.
+#[test]
+fn an_image_is_pulled_from_a_registry_and_run() {
+    let registry = Registry::start();
+    registry.push(Path::new(&busybox()), "hull/busybox", "test");
+    let reference = format!("{ADDRESS}/hull/busybox:test");
+
+    hull(["run", "--rm", &reference, "true"]).run().failed(&[&format!("`hull image pull {reference}`")]);
+    hull(["image", "pull", &format!("{ADDRESS}/hull/other")]).run().failed(&["404"]);
+    hull(["image", "pull", "hull/busybox:test"]).run().failed(&["names no registry"]);
+
+    let digest = hull(["image", "pull", "--quiet", &reference]).run().ok();
+    let listed = hull(["image", "ls", "--json"]).run().ok();
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    let ours = listed.as_array().unwrap().iter().find(|image| image["name"] == reference.as_str()).unwrap();
+    assert_eq!(ours["digest"], digest.as_str());
+
+    // The registry is not needed any more.
+    drop(registry);
+    let said = hull(["run", "--rm", "--memory", "128", &reference, "sh", "-c", "echo from a registry"]).run();
+    assert_eq!(said.ok(), "from a registry");
+    hull(["image", "rm", &reference]).run().ok();
+    hull(["run", "--rm", &reference, "true"]).run().failed(&["no image"]);
+}

@@ -30,6 +30,7 @@ use self::sandbox::Sandbox;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::live::Followers;
+use crate::memory::MemoryVolumes;
 use crate::process::Process;
 use crate::vm::Vm;
 
@@ -47,6 +48,7 @@ pub(crate) struct Pod {
     host: Host,
     settings: Settings,
     publisher: Publisher,
+    memory_volumes: Arc<MemoryVolumes>,
     lifecycle: tokio::sync::Mutex<()>,
     state: Mutex<State>,
     finished: watch::Sender<bool>,
@@ -81,6 +83,7 @@ impl Pod {
             host,
             settings,
             publisher,
+            memory_volumes: Arc::default(),
             lifecycle: tokio::sync::Mutex::default(),
             state: Mutex::default(),
             finished: watch::Sender::new(false),

@@ -51,7 +51,7 @@ impl Pod {
         if self.lock().containers.contains_key(&request.id) {
             return Err(Error::Exists(format!("there is a container {} already", request.id)));
         }
-        let ends = request.stdio.open(&self.namespace, &request.id).await?;
+        let ends = request.stdio.open(&self.namespace, &request.id, &self.streaming).await?;
         let (process, followers) = match &role {
             Role::Single | Role::Sandbox => self.create_first(&request, spec, role == Role::Sandbox, ends).await?,
             Role::Member(sandbox) if *sandbox == self.id => self.create_member(&request, spec, ends).await?,

@@ -32,6 +32,7 @@ use crate::events::Publisher;
 use crate::live::Followers;
 use crate::memory::MemoryVolumes;
 use crate::process::Process;
+use crate::streams::Streaming;
 use crate::vm::Vm;
 
 /// How long containerd may take to accept the last events.
@@ -49,6 +50,7 @@ pub(crate) struct Pod {
     settings: Settings,
     publisher: Publisher,
     memory_volumes: Arc<MemoryVolumes>,
+    streaming: Arc<Streaming>,
     lifecycle: tokio::sync::Mutex<()>,
     state: Mutex<State>,
     finished: watch::Sender<bool>,
@@ -84,10 +86,16 @@ impl Pod {
             settings,
             publisher,
             memory_volumes: Arc::default(),
+            streaming: Arc::default(),
             lifecycle: tokio::sync::Mutex::default(),
             state: Mutex::default(),
             finished: watch::Sender::new(false),
         })
+    }
+
+    /// What containerd opens its ends of standard streams with.
+    pub(crate) fn streaming(&self) -> &Arc<Streaming> {
+        &self.streaming
     }
 
     /// Waits until the pod is to be forgotten.

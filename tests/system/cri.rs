@@ -2,6 +2,7 @@
 //!
 //! `lab/run --containerd` and `--containerd=2` have what these need; see `tests/run`.
 
+mod block;
 mod streaming;
 mod volumes;
 

@@ -10,6 +10,7 @@ use containerd_shim_protos::topics;
 use containerd_shim_protos::types::mount::Mount;
 use hull_protocol::agent::MemoryVolume;
 use hull_sandbox::container::{FileSystems, Process as GuestProcess};
+use hull_sandbox::disks::HostDevice;
 use hull_sandbox::mount::FileSystem;
 use hull_sandbox::share::{RootSource, Share};
 use oci_spec::runtime::Spec;
@@ -223,16 +224,31 @@ impl Pod {
 
 /// Creates the guest's container and connects its streams.
 async fn launch(vm: &Vm, request: &Create, prepared: Prepared, ends: Ends) -> Result<(Arc<Process>, Followers)> {
+    let Prepared { mut spec, live, memory, block } = prepared;
+    spec::renumber(&mut spec, &vm.add_disks(&request.id, &block).await?);
+    let launched = launch_with_disks(vm, request, &spec, (live, memory), ends).await;
+    if launched.is_err() {
+        vm.release_disks(&request.id).await;
+    }
+    launched
+}
+
+async fn launch_with_disks(
+    vm: &Vm,
+    request: &Create,
+    spec: &Spec,
+    (live, memory): (Vec<LiveVolume>, Vec<MemoryVolume>),
+    ends: Ends,
+) -> Result<(Arc<Process>, Followers)> {
     let streams = request.stdio.streams();
-    let file_systems =
-        FileSystems { storages: prepared.live.iter().map(LiveVolume::storage).collect(), volumes: prepared.memory };
-    let created = GuestProcess::create(vm.agent(), &request.id, &prepared.spec, streams, file_systems).await;
+    let file_systems = FileSystems { storages: live.iter().map(LiveVolume::storage).collect(), volumes: memory };
+    let created = GuestProcess::create(vm.agent(), &request.id, spec, streams, file_systems).await;
     let (guest, connections) = match created {
         Ok(created) => created,
         Err(error) => return Err(vm.explain(error).await),
     };
     let pumps = Pumps::start(connections, ends, request.stdio.terminal).map_err(Error::host("cannot carry streams"))?;
-    let followers = Followers::start(prepared.live, &guest);
+    let followers = Followers::start(live, &guest);
     let process = Process::new(&request.id, "", request.stdio.clone(), Body::Nothing);
     process.set_guest(guest, pumps);
     Ok((Arc::new(process), followers))
@@ -257,6 +273,7 @@ struct Prepared {
     spec: Spec,
     live: Vec<LiveVolume>,
     memory: Vec<MemoryVolume>,
+    block: Vec<HostDevice>,
 }
 
 /// What brings a container's files into the tree that the guest sees.
@@ -278,7 +295,7 @@ impl Plan {
     }
 
     /// Fills the tree and makes the guest's specification.
-    fn prepare(&self, share: &Share, spec: Spec) -> Result<Prepared> {
+    fn prepare(&self, share: &Share, mut spec: Spec) -> Result<Prepared> {
         let root = if self.rootfs.is_empty() {
             let path = spec.root().as_ref().map_or(Path::new("rootfs"), |root| root.path());
             let path = self.bundle.join(path);
@@ -290,6 +307,7 @@ impl Plan {
             share.add_mounted_root(&self.id, &self.rootfs)?
         };
         let pod_uid = spec.annotations().as_ref().and_then(|notes| notes.get(annotations::POD_UID)).cloned();
+        let block = spec::take_block_devices(&mut spec)?;
         let (mut live, mut memory) = (Vec::new(), Vec::new());
         let spec = spec::translate(spec, &root, |placed| {
             if let Some(volume) = LiveVolume::take(&placed.volume, &self.id, placed.index, &live) {
@@ -305,6 +323,6 @@ impl Plan {
             }
             Ok(share.add_volume(&self.id, placed.index, &placed.volume)?)
         })?;
-        Ok(Prepared { spec, live, memory })
+        Ok(Prepared { spec, live, memory, block })
     }
 }

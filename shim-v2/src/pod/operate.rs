@@ -171,9 +171,13 @@ impl Pod {
         if process.is_virtual() {
             return Ok(());
         }
+        let vm = self.vm()?;
+        if let Some(rules) = resources.devices_mut() {
+            spec::renumber_rules(rules, &vm.disks_of(container_id).await);
+        }
         match process.guest()?.update(&resources).await {
             Ok(()) => Ok(()),
-            Err(error) => Err(self.vm()?.explain(error).await),
+            Err(error) => Err(vm.explain(error).await),
         }
     }
 

@@ -29,8 +29,10 @@ pub struct HostDevice {
 }
 
 /// The number of a block device in the guest, as the guest says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestDevice {
+    /// Its node in the guest.
+    pub path: String,
     /// The device's major number.
     pub major: u32,
     /// The device's minor number.
@@ -108,7 +110,7 @@ impl Disks {
         let known = if self.by_device.contains_key(&writable) { writable } else { device };
         if let Some(added) = self.by_device.get_mut(&known) {
             added.users.insert(container.to_owned());
-            return Ok(added.guest);
+            return Ok(added.guest.clone());
         }
         let file = open(device).map_err(|source| DiskError::Open { device, source })?;
         let id = format!("disk{}", self.made);
@@ -124,14 +126,14 @@ impl Disks {
         let request = AddDeviceRequest { pci_address: pci_address.clone(), ..Default::default() };
         let answered = answer("AddDevice", agent.sandbox.add_device(long(), &request).await);
         let guest = match answered {
-            Ok(answer) => GuestDevice { major: answer.major, minor: answer.minor },
+            Ok(answer) => GuestDevice { path: answer.device_path, major: answer.major, minor: answer.minor },
             Err(source) => {
                 self.take_off(agent, &id, pci_address).await;
                 return Err(DiskError::Agent { device, source });
             }
         };
         let users = HashSet::from([container.to_owned()]);
-        self.by_device.insert(device, Added { id, pci_address, guest, users });
+        self.by_device.insert(device, Added { id, pci_address, guest: guest.clone(), users });
         Ok(guest)
     }
 
@@ -139,7 +141,7 @@ impl Disks {
     #[must_use]
     pub fn of(&self, container: &str) -> Vec<(HostDevice, GuestDevice)> {
         let used = self.by_device.iter().filter(|(_, added)| added.users.contains(container));
-        used.map(|(device, added)| (*device, added.guest)).collect()
+        used.map(|(device, added)| (*device, added.guest.clone())).collect()
     }
 
     /// Lets go of a container's devices, and takes off the bus those that no other uses.

@@ -3,7 +3,7 @@
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use hull_sandbox::disks::{GuestDevice, HostDevice};
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Mount, Spec};
 
 use crate::error::{Error, Result};
 
@@ -71,8 +71,18 @@ fn may_write(rules: &[LinuxDeviceCgroup], device: &LinuxDevice) -> bool {
 
 /// Gives the container's block devices, and the rules for them, the guest's numbers.
 pub(crate) fn renumber(spec: &mut Spec, numbers: &Numbers) {
+    let mut bound = Vec::new();
     let Some(linux) = spec.linux_mut() else { return };
     if let Some(devices) = linux.devices_mut() {
+        // The container's root is the host's by virtio-fs, and the VMM has no right to make nodes there.
+        devices.retain(|device| {
+            let guest = guest_number(numbers, (Some(device.major()), Some(device.minor())));
+            match guest.filter(|_| device.typ() == LinuxDeviceType::B && !device.path().starts_with("/dev")) {
+                Some(guest) => bound.push((guest.path.clone(), device.path().clone())),
+                None => return true,
+            }
+            false
+        });
         for device in devices.iter_mut().filter(|device| device.typ() == LinuxDeviceType::B) {
             let number = (Some(device.major()), Some(device.minor()));
             if let Some(guest) = guest_number(numbers, number) {
@@ -83,6 +93,14 @@ pub(crate) fn renumber(spec: &mut Spec, numbers: &Numbers) {
     if let Some(rules) = linux.resources_mut().as_mut().and_then(|resources| resources.devices_mut().as_mut()) {
         renumber_rules(rules, numbers);
     }
+    let mounts = bound.into_iter().map(|(node, path)| {
+        let mut mount = Mount::default();
+        mount.set_typ(Some("bind".into())).set_source(Some(node.into())).set_destination(path);
+        mount.set_options(Some(vec!["bind".into(), "rw".into()]));
+        mount
+    });
+    let mounts: Vec<Mount> = spec.mounts().iter().flatten().cloned().chain(mounts).collect();
+    spec.set_mounts(Some(mounts));
 }
 
 /// Gives rules the guest's numbers. Those for other block devices of the host go: in the guest their numbers are other devices'.
@@ -98,9 +116,9 @@ pub(crate) fn renumber_rules(rules: &mut Vec<LinuxDeviceCgroup>, numbers: &Numbe
     });
 }
 
-fn guest_number(numbers: &Numbers, (major, minor): (Option<i64>, Option<i64>)) -> Option<GuestDevice> {
+fn guest_number(numbers: &Numbers, (major, minor): (Option<i64>, Option<i64>)) -> Option<&GuestDevice> {
     let is_it = |host: &HostDevice| (Some(host.major.into()), Some(host.minor.into())) == (major, minor);
-    numbers.iter().find(|(host, _)| is_it(host)).map(|(_, guest)| *guest)
+    numbers.iter().find(|(host, _)| is_it(host)).map(|(_, guest)| guest)
 }
 
 #[cfg(test)]
@@ -145,7 +163,7 @@ mod tests {
     fn devices_and_rules_get_the_guests_numbers_and_others_go() {
         let mut spec = spec(&json!(["/proc/kcore"]), &json!([disk()]), &rules("rwm"));
         let host = take_block_devices(&mut spec).unwrap()[0];
-        renumber(&mut spec, &[(host, GuestDevice { major: 253, minor: 16 })]);
+        renumber(&mut spec, &[(host, GuestDevice { path: "/dev/vdb".into(), major: 253, minor: 16 })]);
         let spec = serde_json::to_value(spec).unwrap();
         assert_eq!(spec["linux"]["devices"][0]["path"], "/dev/xvda");
         assert_eq!(
@@ -157,6 +175,19 @@ mod tests {
         assert_eq!(numbers.len(), 3);
         assert_eq!(numbers[1], (&json!("b"), &json!(253), &json!(16)));
         assert_eq!(numbers[2], (&json!("c"), &json!(7), &json!(3)));
+    }
+
+    #[test]
+    fn a_path_outside_of_dev_is_a_mount_of_the_guests_node() {
+        let mut disk = disk();
+        disk["path"] = json!("/srv/disk");
+        let mut spec = spec(&json!(["/proc/kcore"]), &json!([disk]), &rules("rwm"));
+        let host = take_block_devices(&mut spec).unwrap()[0];
+        renumber(&mut spec, &[(host, GuestDevice { path: "/dev/vdb".into(), major: 253, minor: 16 })]);
+        let spec = serde_json::to_value(spec).unwrap();
+        assert_eq!(spec["linux"]["devices"], json!([]));
+        let mount = &spec["mounts"][0];
+        assert_eq!((&mount["source"], &mount["destination"]), (&json!("/dev/vdb"), &json!("/srv/disk")));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -106,6 +107,12 @@ pub(crate) async fn add(address: &PciAddress) -> Result<Option<String>> {
 /// The device node of a disk, for which it waits.
 pub(crate) async fn wait_for_block_device(address: &PciAddress) -> Result<String> {
     add(address).await?.ok_or_else(|| Error::invalid("pci_address", format!("{address} is not a disk")))
+}
+
+/// The number of a device node.
+pub(crate) fn number(node: &str) -> Result<(u32, u32)> {
+    let number = fs::metadata(node).step("look at the device's node")?.rdev();
+    Ok((rustix::fs::major(number), rustix::fs::minor(number)))
 }
 
 /// Has the kernel let go of a device.

@@ -50,6 +50,17 @@ pub(crate) fn update(root: &Path, files: &[File]) -> Result<()> {
         .map_err(|errno| Error::failed(format!("remove old files of {}", root.display()), errno.to_string()))
 }
 
+/// Makes a directory below `root` unless something has its name already; no link is followed.
+pub(crate) fn make_missing_directory(root: &OwnedFd, directory: &File) -> io::Result<()> {
+    let Some(name) = directory.path.file_name() else { return Ok(()) };
+    let parent = open_below(root, directory.path.parent().unwrap_or(Path::new("")))?;
+    match rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(0o700)) {
+        Ok(()) => Ok(directory.own(&open_below(&parent, name.as_ref())?, "", AtFlags::EMPTY_PATH)?),
+        Err(Errno::EXIST) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 impl File {
     fn put(&self, root: &OwnedFd) -> io::Result<()> {
         let Some(name) = self.path.file_name() else { return Ok(self.own(root, "", AtFlags::EMPTY_PATH)?) };

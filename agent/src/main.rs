@@ -23,6 +23,7 @@ mod server;
 mod storage;
 mod streams;
 mod sys;
+mod volumes;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -37,6 +38,8 @@ use crate::server::Listener;
 
 /// Where a guest keeps what it has of its containers.
 const STATE_DIRECTORY: &str = "/run/hull/containers";
+/// Where it has volumes in its memory.
+const VOLUMES_DIRECTORY: &str = "/run/hull/volumes";
 
 fn main() -> ExitCode {
     let mut words = std::env::args_os();
@@ -84,7 +87,8 @@ async fn serve_guest() -> Result<()> {
         sandbox::uptime_us()
     );
     let cgroup = cgroup::Cgroup::at(init::CONTAINERS_CGROUP.as_ref());
-    let containers = Arc::new(Containers::new(cgroup, PathBuf::from(STATE_DIRECTORY)));
+    let containers =
+        Arc::new(Containers::new(cgroup, PathBuf::from(STATE_DIRECTORY), PathBuf::from(VOLUMES_DIRECTORY)));
     server::run(rpc, streams, sandbox, containers).await
 }
 
@@ -95,6 +99,6 @@ async fn serve_machine(options: cli::Options) -> Result<()> {
     let rpc = Listener::unix(&options.listen)?;
     let streams = Listener::unix(&options.streams)?;
     let cgroup = init::make_containers_cgroup(&options.cgroup)?;
-    let containers = Arc::new(Containers::new(cgroup, options.state));
+    let containers = Arc::new(Containers::new(cgroup, options.state.join("containers"), options.state.join("volumes")));
     server::run(rpc, streams, Arc::new(Sandbox::new(false)), containers).await
 }

@@ -79,6 +79,11 @@ impl Storage {
 }
 
 impl Mounted {
+    /// What has been mounted there by other means.
+    pub(crate) fn at(path: PathBuf) -> Self {
+        Self(path)
+    }
+
     /// Where it is.
     pub(crate) fn path(&self) -> &Path {
         &self.0

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use hull_sandbox::agent::AgentError;
 use hull_sandbox::config::SandboxConfig;
-use hull_sandbox::container::{Connections, Process, Streams};
+use hull_sandbox::container::{Connections, FileSystems, Process, Streams};
 use hull_sandbox::host::Host;
 use hull_sandbox::network::Network;
 use hull_sandbox::registry::{Phase, Record};
@@ -184,7 +184,7 @@ async fn run(
     let agent = running.agent().clone();
     let before = |error: Error| Failure { started: false, error };
     let launch = async {
-        let (process, connections) = Process::create(&agent, &record.id, spec, streams, Vec::new()).await?;
+        let (process, connections) = Process::create(&agent, &record.id, spec, streams, FileSystems::default()).await?;
         process.start().await?;
         Ok::<_, AgentError>((process, connections))
     };

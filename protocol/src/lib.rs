@@ -5,7 +5,7 @@
 #![deny(unsafe_code)]
 
 /// Version of the protocol. Sides with equal majors understand each other; a minor only adds.
-pub const VERSION: (u32, u32) = (1, 2);
+pub const VERSION: (u32, u32) = (1, 3);
 
 /// The vsock port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -37,7 +37,8 @@ pub const MAX_ENTROPY_BYTES: usize = 512;
 
 /// The kernel's name, by tag, of the share with everything that the sandbox library prepares for its containers.
 pub const SHARE_TAG: &str = "hull";
-/// Where the guest has file systems of single containers that hold files of the host's: `CONTAINER/N` below it.
+/// Where the guest has file systems of single containers that hold files of the host's, and what they have of volumes in memory:
+/// `CONTAINER/N` below it.
 pub const FILES_DIRECTORY: &str = "/run/hull/files";
 /// Where the guest mounts that share.
 pub const SHARE_MOUNT_POINT: &str = "/run/hull/shared";

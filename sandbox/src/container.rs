@@ -7,8 +7,8 @@ use std::os::unix::net::UnixStream;
 
 use hull_protocol::agent::{
     ContainerRequest, ContainerStatsResponse, CreateContainerRequest, ExecProcessRequest, ExitStatus, File, Io,
-    ListPidsResponse, ProcessRequest, ResizeTtyRequest, SignalProcessRequest, Storage, UpdateContainerRequest,
-    UpdateFilesRequest, WindowSize,
+    ListPidsResponse, MemoryVolume, ProcessRequest, ResizeTtyRequest, SignalProcessRequest, Storage,
+    UpdateContainerRequest, UpdateFilesRequest, WindowSize,
 };
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec, Spec};
 
@@ -30,6 +30,15 @@ pub enum Streams {
         /// Whether standard input is one of them.
         stdin: bool,
     },
+}
+
+/// What the guest is to have for a container before it is created, besides what lies in the tree that the guest sees.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FileSystems {
+    /// The container's own, mounted in this order.
+    pub storages: Vec<Storage>,
+    /// Its views of volumes in the guest's memory.
+    pub volumes: Vec<MemoryVolume>,
 }
 
 /// The host's ends of a process's streams.
@@ -70,14 +79,15 @@ impl Process {
         container_id: &str,
         spec: &Spec,
         streams: Streams,
-        storages: Vec<Storage>,
+        file_systems: FileSystems,
     ) -> Result<(Self, Connections), AgentError> {
         let (io, connections) = open_streams(agent, streams).await?;
         let request = CreateContainerRequest {
             container_id: container_id.to_owned(),
             spec: json(spec)?,
             io: Some(io).into(),
-            storages,
+            storages: file_systems.storages,
+            volumes: file_systems.volumes,
             ..Default::default()
         };
         answer("CreateContainer", agent.container.create_container(long(), &request).await)?;

@@ -1,12 +1,15 @@
 //! A client of the VMM's control socket.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use hull_vmm_api::control::MAX_LINE_BYTES;
 pub use hull_vmm_api::control::{Counters, Request, Response, Status};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 /// How long the VMM may take to answer: it does so from its event loop, which never waits for the guest.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -49,9 +52,29 @@ impl Control {
     ///
     /// Fails where the connection breaks, and with [`ControlError::Refused`] where the VMM does.
     pub fn call(&mut self, request: &Request) -> Result<Response, ControlError> {
-        let mut line = serde_json::to_string(request).map_err(ControlError::Answer)?;
-        line.push('\n');
-        self.stream.get_mut().write_all(line.as_bytes()).map_err(ControlError::Connection)?;
+        let line = line_of(request)?;
+        self.stream.get_mut().write_all(&line).map_err(ControlError::Connection)?;
+        self.answer()
+    }
+
+    /// The same with an open file, which the request calls [`Attached(0)`](hull_vmm_api::config::Resource::Attached).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Control::call`].
+    pub fn call_with(&mut self, request: &Request, file: impl AsFd) -> Result<Response, ControlError> {
+        let line = line_of(request)?;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut attached = SendAncillaryBuffer::new(&mut space);
+        let files = [file.as_fd()];
+        attached.push(SendAncillaryMessage::ScmRights(&files));
+        let sent = sendmsg(self.stream.get_ref(), &[IoSlice::new(&line)], &mut attached, SendFlags::NOSIGNAL);
+        let sent = sent.map_err(|errno| ControlError::Connection(errno.into()))?;
+        self.stream.get_mut().write_all(&line[sent..]).map_err(ControlError::Connection)?;
+        self.answer()
+    }
+
+    fn answer(&mut self) -> Result<Response, ControlError> {
         let mut answer = String::new();
         let count = self
             .stream
@@ -67,4 +90,10 @@ impl Control {
             response => Ok(response),
         }
     }
+}
+
+fn line_of(request: &Request) -> Result<Vec<u8>, ControlError> {
+    let mut line = serde_json::to_vec(request).map_err(ControlError::Answer)?;
+    line.push(b'\n');
+    Ok(line)
 }

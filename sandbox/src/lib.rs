@@ -27,6 +27,7 @@ pub mod config;
 mod console;
 pub mod container;
 pub mod control;
+pub mod disks;
 pub mod host;
 pub mod mount;
 pub mod network;

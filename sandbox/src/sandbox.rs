@@ -10,6 +10,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::agent::{Agent, AgentError, answer, short};
 use crate::config::{ConfigError, SandboxConfig};
+use crate::disks::Disks;
 use crate::host::{Host, HostError};
 use crate::network::{self, Attachment, NetworkError};
 use crate::registry::{Claim, Registry, RegistryError};
@@ -330,6 +331,12 @@ impl Running {
     #[must_use]
     pub fn share(&self) -> &Share {
         &self.parts.share
+    }
+
+    /// Disks for the guest; there are none yet.
+    #[must_use]
+    pub fn disks(&self) -> Disks {
+        Disks::new(Sockets::in_dir(self.parts.claim.dir()).control)
     }
 
     /// The VMM's process identifier; none once its end has been seen.

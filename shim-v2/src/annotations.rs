@@ -17,6 +17,9 @@ pub(crate) enum Role {
     Member(String),
 }
 
+/// The pod's identifier in the cluster, where containerd says it.
+pub(crate) const POD_UID: &str = "io.kubernetes.cri.sandbox-uid";
+
 type Annotations = HashMap<String, String>;
 
 /// containerd's spelling and CRI-O's.

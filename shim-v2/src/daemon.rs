@@ -18,6 +18,7 @@ use crate::events::Publisher;
 use crate::flags::Flags;
 use crate::pod::Pod;
 use crate::sandbox::SandboxService;
+use crate::streams::STREAMING;
 use crate::task::TaskService;
 use crate::{Trouble, launch};
 
@@ -75,12 +76,13 @@ fn filter(level: Level) -> tracing::Level {
     }
 }
 
-/// The sandbox service, and both versions of the task service, which differ in nothing but their names.
+/// The sandbox service, that of streams, and both versions of the task service, which differ in nothing but their names.
 fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {
     let mut services = create_sandbox(Arc::new(SandboxService(pod.clone())));
     for name in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {
         let task = create_task(Arc::new(TaskService(pod.clone())));
         services.extend(task.into_values().map(|service| (name.to_owned(), service)));
     }
+    services.insert(STREAMING.to_owned(), pod.streaming().service());
     services
 }

@@ -2,6 +2,7 @@
 
 use hull_sandbox::agent::AgentError;
 use hull_sandbox::cgroup::CgroupError;
+use hull_sandbox::disks::DiskError;
 use hull_sandbox::network::NetworkError;
 use hull_sandbox::registry::RegistryError;
 use hull_sandbox::sandbox::SandboxError;
@@ -46,6 +47,9 @@ pub(crate) enum Error {
     /// The pod's cgroup on the host.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// A block device.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The tree that the guest sees.
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -78,6 +82,12 @@ impl Error {
                 Code::NOT_FOUND => Code::FAILED_PRECONDITION,
                 code => code,
             },
+            Self::Disk(DiskError::Open { source, .. }) => match of_io(source) {
+                Code::NOT_FOUND => Code::FAILED_PRECONDITION,
+                code => code,
+            },
+            Self::Disk(DiskError::Control { .. }) => Code::INTERNAL,
+            Self::Disk(DiskError::Agent { source, .. }) => of_agent(source),
             Self::Share(error) => of_share(error),
         }
     }

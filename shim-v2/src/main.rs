@@ -19,6 +19,7 @@ mod events;
 mod flags;
 mod launch;
 mod live;
+mod memory;
 mod pod;
 mod process;
 mod sandbox;

@@ -5,10 +5,12 @@
 //! ```
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hull_sandbox::agent::{Agent, AgentError};
 use hull_sandbox::config::SandboxConfig;
+use hull_sandbox::disks::{Disks, GuestDevice, HostDevice};
 use hull_sandbox::host::Host;
 use hull_sandbox::network::Network;
 use hull_sandbox::registry::Registry;
@@ -48,6 +50,7 @@ pub(crate) struct Vm {
     agent: Agent,
     pid: u32,
     jobs: mpsc::Sender<Job>,
+    disks: Arc<tokio::sync::Mutex<Disks>>,
     /// Why it is gone, once it is.
     end: watch::Receiver<Option<String>>,
 }
@@ -88,7 +91,13 @@ impl Vm {
         let running = booting.ready(std::future::pending()).await?;
         let (jobs, received) = mpsc::channel(8);
         let (end, ended) = watch::channel(None);
-        let vm = Self { agent: running.agent().clone(), pid: running.vmm_pid().unwrap_or_default(), jobs, end: ended };
+        let vm = Self {
+            agent: running.agent().clone(),
+            pid: running.vmm_pid().unwrap_or_default(),
+            jobs,
+            disks: Arc::new(tokio::sync::Mutex::new(running.disks())),
+            end: ended,
+        };
         tracing::info!(vmm = vm.pid, ready_us = running.ready_us(), "the guest's agent answers");
         tokio::spawn(keep(running, received, end));
         Ok((vm, prepared))
@@ -118,6 +127,40 @@ impl Vm {
             return Err(Error::Gone(self.reason()));
         }
         result.await.map_err(|_| Error::Gone(self.reason()))
+    }
+
+    /// Has block devices of the host in the guest for a container, and says which they are there.
+    ///
+    /// # Errors
+    ///
+    /// Fails with the first that cannot be had; nothing is left of the others then.
+    pub(crate) async fn add_disks(
+        &self,
+        container: &str,
+        devices: &[HostDevice],
+    ) -> Result<Vec<(HostDevice, GuestDevice)>> {
+        let mut disks = self.disks.lock().await;
+        let mut added = Vec::new();
+        for device in devices {
+            match disks.add(&self.agent, container, *device).await {
+                Ok(guest) => added.push((*device, guest)),
+                Err(error) => {
+                    disks.release(&self.agent, container).await;
+                    return Err(error.into());
+                }
+            }
+        }
+        Ok(added)
+    }
+
+    /// What a container's block devices are in the guest.
+    pub(crate) async fn disks_of(&self, container: &str) -> Vec<(HostDevice, GuestDevice)> {
+        self.disks.lock().await.of(container)
+    }
+
+    /// Lets go of a container's block devices.
+    pub(crate) async fn release_disks(&self, container: &str) {
+        self.disks.lock().await.release(&self.agent, container).await;
     }
 
     /// Ends the VM and waits until nothing is left of it.

@@ -2,6 +2,10 @@
 //!
 //! `lab/run --containerd` and `--containerd=2` have what these need; see `tests/run`.
 
+mod block;
+mod streaming;
+mod volumes;
+
 use std::io::Read;
 use std::net::TcpStream;
 use std::path::Path;

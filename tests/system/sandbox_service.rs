@@ -1,8 +1,10 @@
 //! The shim's sandbox service and version 3 of the task service, spoken to as containerd 2 does.
 
+mod bad_input;
+
 use std::io::Write;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest, StartRequest, WaitRequest};
@@ -29,27 +31,33 @@ struct Shim {
 impl Shim {
     async fn start(id: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let params = BootstrapParams {
-            instance_id: id.to_owned(),
-            namespace: "tests".to_owned(),
-            containerd_ttrpc_address: "/nobody/listens/here".to_owned(),
-            socket_dir: Some(dir.path().to_str().unwrap().to_owned()),
-            ..Default::default()
-        };
-        let mut child = Command::new("containerd-shim-hull-v2")
-            .args(["-namespace", "tests", "-id", id, "start"])
-            .current_dir(dir.path())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        child.stdin.take().unwrap().write_all(&params.write_to_bytes().unwrap()).unwrap();
-        let output = child.wait_with_output().unwrap();
-        assert!(output.status.success());
+        let output = Self::try_start(id, dir.path());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let answer = BootstrapResult::parse_from_bytes(&output.stdout).unwrap();
         assert_eq!((answer.version, answer.protocol.as_str()), (3, "ttrpc"));
         let client = Client::connect(&answer.address).await.unwrap();
         Self { dir, id: id.to_owned(), client }
+    }
+
+    /// What `start` in this directory answers.
+    fn try_start(id: &str, dir: &Path) -> Output {
+        let params = BootstrapParams {
+            instance_id: id.to_owned(),
+            namespace: "tests".to_owned(),
+            containerd_ttrpc_address: "/nobody/listens/here".to_owned(),
+            socket_dir: Some(dir.to_str().unwrap().to_owned()),
+            ..Default::default()
+        };
+        let mut child = Command::new("containerd-shim-hull-v2")
+            .args(["-namespace", "tests", "-id", id, "start"])
+            .current_dir(dir)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(&params.write_to_bytes().unwrap()).unwrap();
+        child.wait_with_output().unwrap()
     }
 
     fn sandbox(&self) -> SandboxClient {

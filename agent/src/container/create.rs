@@ -15,6 +15,7 @@ use crate::error::{Error, Result, Step};
 use crate::helper;
 use crate::storage::Storage;
 use crate::streams::stdio::Io;
+use crate::volumes::Volume;
 
 pub(crate) struct CreateRequest {
     pub(crate) container_id: String,
@@ -22,6 +23,7 @@ pub(crate) struct CreateRequest {
     pub(crate) spec: Vec<u8>,
     pub(crate) io: Io,
     pub(crate) storages: Vec<Storage>,
+    pub(crate) volumes: Vec<Volume>,
 }
 
 impl Containers {
@@ -66,7 +68,11 @@ impl Container {
             let mounted = storage.mount().await?;
             self.lock().mounted.push(mounted);
         }
-        // After the storages, which may hold the root and the sources of mounts.
+        for volume in request.volumes {
+            let mounted = containers.volumes.attach(volume).await?;
+            self.lock().mounted.push(mounted);
+        }
+        // After these, which may hold the root and the sources of mounts.
         let adapted = spec::adapt(&request.spec, &request.io, &self.cgroup.path())?;
         adapted.spec.save(self.directory.join("config.json")).step("write the bundle")?;
         let state_directory = self.directory.join("state");

@@ -45,6 +45,7 @@ use crate::reaper::Reaper;
 use crate::storage::Mounted;
 use crate::streams::parking::Parking;
 use crate::streams::stdio::Controls;
+use crate::volumes::Volumes;
 
 /// The `exec_id` of a container's first process.
 pub(crate) const INIT: &str = "";
@@ -55,6 +56,7 @@ pub(crate) struct Containers {
     pub(crate) reaper: Arc<Reaper>,
     pub(crate) events: Arc<Events>,
     pub(crate) parking: Arc<Parking>,
+    volumes: Arc<Volumes>,
     /// The cgroup above the containers'.
     cgroup: Cgroup,
     /// Where each container has a directory.
@@ -107,12 +109,13 @@ struct Process {
 }
 
 impl Containers {
-    pub(crate) fn new(cgroup: Cgroup, directory: PathBuf) -> Self {
+    pub(crate) fn new(cgroup: Cgroup, directory: PathBuf, volumes: PathBuf) -> Self {
         Self {
             map: Mutex::default(),
             reaper: Arc::default(),
             events: Arc::new(Events::new()),
             parking: Arc::default(),
+            volumes: Arc::new(Volumes::new(volumes)),
             cgroup,
             directory,
         }

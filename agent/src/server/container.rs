@@ -40,6 +40,7 @@ impl ContainerService for Services {
             spec: request.spec,
             io: convert::io(&request.io)?,
             storages: convert::storages(request.storages)?,
+            volumes: convert::volumes(request.volumes)?,
         };
         let containers = self.containers.clone();
         let pid = detached(async move { containers.create(request).await }).await?;

@@ -14,6 +14,7 @@ use crate::files::{self, File};
 use crate::storage::{Source, Storage};
 use crate::streams::parking::Token;
 use crate::streams::stdio::{Io, WindowSize};
+use crate::volumes::Volume;
 
 /// An identifier: of a container, a directory and a cgroup too, so neither "." nor "..".
 pub(super) fn check_id(field: &'static str, id: &str) -> Result<()> {
@@ -81,13 +82,50 @@ fn storage(storage: wire::Storage) -> Result<Storage> {
         Some(wire::storage::Source::None(_)) => Source::None,
         Some(_) | None => return Err(Error::invalid("storages.source", "is missing")),
     };
-    let mount_point = PathBuf::from(storage.mount_point);
-    check_path("storages.mount_point", &mount_point)?;
-    if mount_point == Path::new("/") {
-        return Err(Error::invalid("storages.mount_point", "is the guest's root"));
-    }
+    let mount_point = mount_point("storages.mount_point", storage.mount_point)?;
     let files = files(storage.files)?;
     Ok(Storage { source, fstype: storage.fstype, options: storage.options, mount_point, files })
+}
+
+fn mount_point(field: &'static str, path: String) -> Result<PathBuf> {
+    let path = PathBuf::from(path);
+    check_path(field, &path)?;
+    if path == Path::new("/") {
+        return Err(Error::invalid(field, "is the guest's root"));
+    }
+    Ok(path)
+}
+
+pub(super) fn volumes(volumes: Vec<wire::MemoryVolume>) -> Result<Vec<Volume>> {
+    volumes.into_iter().map(volume).collect()
+}
+
+fn volume(volume: wire::MemoryVolume) -> Result<Volume> {
+    check_id("volumes.name", &volume.name)?;
+    let path = PathBuf::from(volume.path);
+    check_plain("volumes.path", &path)?;
+    let directories = files(volume.directories)?;
+    if !directories.iter().all(|file| matches!(file.what, files::What::Directory)) {
+        return Err(Error::invalid("volumes.directories", "are not all directories"));
+    }
+    Ok(Volume {
+        name: volume.name,
+        size_bytes: volume.size_bytes,
+        mode: volume.mode & 0o7777,
+        uid: volume.uid,
+        gid: volume.gid,
+        path,
+        directories,
+        mount_point: mount_point("volumes.mount_point", volume.mount_point)?,
+    })
+}
+
+/// A path below something: plain names, or none.
+fn check_plain(field: &'static str, path: &Path) -> Result<()> {
+    if !path.components().all(|component| matches!(component, Component::Normal(_))) {
+        return Err(Error::invalid(field, format!("{} is not a plain relative path", path.display())));
+    }
+    Ok(())
 }
 
 pub(super) fn files(files: Vec<wire::File>) -> Result<Vec<File>> {
@@ -96,9 +134,7 @@ pub(super) fn files(files: Vec<wire::File>) -> Result<Vec<File>> {
 
 fn file(file: wire::File) -> Result<File> {
     let path = PathBuf::from(file.path);
-    if !path.components().all(|component| matches!(component, Component::Normal(_))) {
-        return Err(Error::invalid("files.path", format!("{} is not a plain relative path", path.display())));
-    }
+    check_plain("files.path", &path)?;
     let what = match file.what {
         Some(wire::file::What::Directory(_)) => files::What::Directory,
         Some(wire::file::What::Contents(contents)) => files::What::Contents(contents),
@@ -241,5 +277,22 @@ mod tests {
         assert!(make(None, "/data").is_err());
         assert!(make(Some(wire::storage::Source::PciAddress("x".into())), "/data").is_err());
         assert!(make(Some(wire::storage::Source::FsTag(String::new())), "/data").is_err());
+    }
+
+    #[test]
+    fn a_volume_needs_a_name_and_a_part_below_it() {
+        let make = |name: &str, path: &str| {
+            let message = wire::MemoryVolume {
+                name: name.into(),
+                path: path.into(),
+                mount_point: "/run/v".into(),
+                ..Default::default()
+            };
+            volumes(vec![message])
+        };
+        assert!(make("0", "").is_ok() && make("0", "a/b").is_ok());
+        for (name, path) in [("", ""), ("..", ""), ("a/b", ""), ("0", "/a"), ("0", "../a"), ("0", "a/../../b")] {
+            assert!(make(name, path).is_err(), "{name} {path}");
+        }
     }
 }

@@ -55,8 +55,9 @@ impl SandboxService for Services {
     }
 
     async fn add_device(&self, _: &TtrpcContext, request: AddDeviceRequest) -> ttrpc::Result<AddDeviceResponse> {
-        let node = devices::add(&request.pci_address.parse()?).await?;
-        Ok(AddDeviceResponse { device_path: node.unwrap_or_default(), ..Default::default() })
+        let node = devices::add(&request.pci_address.parse()?).await?.unwrap_or_default();
+        let (major, minor) = if node.is_empty() { (0, 0) } else { devices::number(&node)? };
+        Ok(AddDeviceResponse { device_path: node, major, minor, ..Default::default() })
     }
 
     async fn remove_device(&self, _: &TtrpcContext, request: RemoveDeviceRequest) -> ttrpc::Result<Empty> {

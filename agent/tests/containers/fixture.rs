@@ -205,6 +205,21 @@ impl Guest {
         self.containers.create_container(context(), &request).await.map(|answer| answer.pid)
     }
 
+    /// Creates, starts and awaits a container with a volume in memory.
+    pub(crate) async fn run_with_volume(&self, id: &str, spec: &Value, volume: MemoryVolume) -> Output {
+        let (io, streams) = self.pipes().await;
+        let request = CreateContainerRequest {
+            container_id: id.into(),
+            spec: spec.to_string().into_bytes(),
+            io: Some(io).into(),
+            volumes: vec![volume],
+            ..Default::default()
+        };
+        self.containers.create_container(context(), &request).await.unwrap();
+        self.begin(id).await;
+        self.finish(id, "", streams).await
+    }
+
     pub(crate) async fn begin(&self, id: &str) {
         self.containers.start_container(context(), &container(id)).await.unwrap();
     }

@@ -319,6 +319,44 @@ async fn storages_live_as_long_as_their_container() {
 }
 
 #[tokio::test]
+async fn volumes_in_memory_are_shared_and_outlive_their_containers() {
+    let guest = guest!();
+    let seen_at = |script: &str, mount_point: &std::path::Path| {
+        let mut spec = guest.spec(script);
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({ "destination": "/v", "type": "bind", "source": mount_point, "options": ["rbind", "rw"] }));
+        spec
+    };
+    let volume = |path: &str, mount_point: &std::path::Path| MemoryVolume {
+        name: "0".into(),
+        size_bytes: 1 << 20,
+        mode: 0o2770,
+        uid: 3,
+        gid: 4,
+        path: path.into(),
+        directories: vec![File {
+            path: "sub".into(),
+            mode: 0o755,
+            what: Some(file::What::Directory(true)),
+            ..Default::default()
+        }],
+        mount_point: mount_point.to_str().unwrap().into(),
+        ..Default::default()
+    };
+    let (whole, part) = (guest.directory.path().join("views/a/0"), guest.directory.path().join("views/b/0"));
+    let script = "stat -c '%a %u %g' /v; grep ' /v ' /proc/self/mountinfo | grep -c size=1024k; echo kept >/v/sub/file";
+    let seen = guest.run_with_volume("a", &seen_at(script, &whole), volume("", &whole)).await;
+    assert_eq!(seen.stdout, "2770 3 4\n1\n");
+    guest.remove("a", "").await.unwrap();
+    let script = "cat /v/file; dd if=/dev/zero of=/v/large bs=1024 count=2048 2>&1 | grep -o 'No space left'";
+    let seen = guest.run_with_volume("b", &seen_at(script, &part), volume("sub", &part)).await;
+    assert_eq!(seen.stdout, "kept\nNo space left\n");
+    guest.remove("b", "").await.unwrap();
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(part.to_str().unwrap()), "{mounts}");
+}
+
+#[tokio::test]
 async fn hooks_run_at_their_time() {
     let guest = guest!();
     let log = guest.directory.path().join("log");

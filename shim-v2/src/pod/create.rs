@@ -8,7 +8,9 @@ use std::time::Duration;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::topics;
 use containerd_shim_protos::types::mount::Mount;
-use hull_sandbox::container::Process as GuestProcess;
+use hull_protocol::agent::MemoryVolume;
+use hull_sandbox::container::{FileSystems, Process as GuestProcess};
+use hull_sandbox::disks::HostDevice;
 use hull_sandbox::mount::FileSystem;
 use hull_sandbox::share::{RootSource, Share};
 use oci_spec::runtime::Spec;
@@ -18,6 +20,7 @@ use super::{Container, Pod, cpus};
 use crate::annotations::{self, Limits, Role, Size};
 use crate::error::{Error, Result};
 use crate::live::{Followers, LiveVolume};
+use crate::memory::MemoryVolumes;
 use crate::process::{Body, Exit, Process};
 use crate::spec;
 use crate::streams::{Ends, Pumps, Stdio};
@@ -51,7 +54,7 @@ impl Pod {
         if self.lock().containers.contains_key(&request.id) {
             return Err(Error::Exists(format!("there is a container {} already", request.id)));
         }
-        let ends = request.stdio.open(&self.namespace, &request.id).await?;
+        let ends = request.stdio.open(&self.namespace, &request.id, &self.streaming).await?;
         let (process, followers) = match &role {
             Role::Single | Role::Sandbox => self.create_first(&request, spec, role == Role::Sandbox, ends).await?,
             Role::Member(sandbox) if *sandbox == self.id => self.create_member(&request, spec, ends).await?,
@@ -116,7 +119,7 @@ impl Pod {
         let mut hostname = if hostname.is_empty() { self.id.clone() } else { hostname };
         hostname.truncate(hostname.floor_char_boundary(MAX_HOSTNAME_BYTES));
         self.join_cgroup(spec::cgroup(&spec).as_deref())?;
-        let plan = Plan::new(request);
+        let plan = Plan::new(request, self.memory_volumes.clone());
         let prepare = |share: &Share| if is_sandbox { Ok(None) } else { plan.prepare(share, spec).map(Some) };
         let booted = self.boot(&hostname, size.clone(), network_namespace.as_deref(), prepare).await;
         if booted.is_err() {
@@ -176,7 +179,7 @@ impl Pod {
     /// Creates a container in the pod's VM.
     async fn create_member(&self, request: &Create, spec: Spec, ends: Ends) -> Result<(Arc<Process>, Followers)> {
         let vm = self.vm()?;
-        let plan = Plan::new(request);
+        let plan = Plan::new(request, self.memory_volumes.clone());
         let prepared = vm.with_share(move |share| plan.prepare(share, spec)).await?;
         let created = match prepared {
             Ok(prepared) => launch(&vm, request, prepared, ends).await,
@@ -229,15 +232,31 @@ impl Pod {
 
 /// Creates the guest's container and connects its streams.
 async fn launch(vm: &Vm, request: &Create, prepared: Prepared, ends: Ends) -> Result<(Arc<Process>, Followers)> {
+    let Prepared { mut spec, live, memory, block } = prepared;
+    spec::renumber(&mut spec, &vm.add_disks(&request.id, &block).await?);
+    let launched = launch_with_disks(vm, request, &spec, (live, memory), ends).await;
+    if launched.is_err() {
+        vm.release_disks(&request.id).await;
+    }
+    launched
+}
+
+async fn launch_with_disks(
+    vm: &Vm,
+    request: &Create,
+    spec: &Spec,
+    (live, memory): (Vec<LiveVolume>, Vec<MemoryVolume>),
+    ends: Ends,
+) -> Result<(Arc<Process>, Followers)> {
     let streams = request.stdio.streams();
-    let storages = prepared.live.iter().map(LiveVolume::storage).collect();
-    let created = GuestProcess::create(vm.agent(), &request.id, &prepared.spec, streams, storages).await;
+    let file_systems = FileSystems { storages: live.iter().map(LiveVolume::storage).collect(), volumes: memory };
+    let created = GuestProcess::create(vm.agent(), &request.id, spec, streams, file_systems).await;
     let (guest, connections) = match created {
         Ok(created) => created,
         Err(error) => return Err(vm.explain(error).await),
     };
     let pumps = Pumps::start(connections, ends, request.stdio.terminal).map_err(Error::host("cannot carry streams"))?;
-    let followers = Followers::start(prepared.live, &guest);
+    let followers = Followers::start(live, &guest);
     let process = Process::new(&request.id, "", request.stdio.clone(), Body::Nothing);
     process.set_guest(guest, pumps);
     Ok((Arc::new(process), followers))
@@ -261,6 +280,8 @@ fn own_limits(spec: &Spec) -> Limits {
 struct Prepared {
     spec: Spec,
     live: Vec<LiveVolume>,
+    memory: Vec<MemoryVolume>,
+    block: Vec<HostDevice>,
 }
 
 /// What brings a container's files into the tree that the guest sees.
@@ -268,20 +289,21 @@ struct Plan {
     id: String,
     bundle: PathBuf,
     rootfs: Vec<FileSystem>,
+    memory_volumes: Arc<MemoryVolumes>,
 }
 
 impl Plan {
-    fn new(request: &Create) -> Self {
+    fn new(request: &Create, memory_volumes: Arc<MemoryVolumes>) -> Self {
         let rootfs = request.rootfs.iter().map(|mount| FileSystem {
             fstype: mount.type_.clone(),
             source: mount.source.clone(),
             options: mount.options.clone(),
         });
-        Self { id: request.id.clone(), bundle: request.bundle.clone().into(), rootfs: rootfs.collect() }
+        Self { id: request.id.clone(), bundle: request.bundle.clone().into(), rootfs: rootfs.collect(), memory_volumes }
     }
 
     /// Fills the tree and makes the guest's specification.
-    fn prepare(&self, share: &Share, spec: Spec) -> Result<Prepared> {
+    fn prepare(&self, share: &Share, mut spec: Spec) -> Result<Prepared> {
         let root = if self.rootfs.is_empty() {
             let path = spec.root().as_ref().map_or(Path::new("rootfs"), |root| root.path());
             let path = self.bundle.join(path);
@@ -292,15 +314,23 @@ impl Plan {
         } else {
             share.add_mounted_root(&self.id, &self.rootfs)?
         };
-        let mut live = Vec::new();
+        let pod_uid = spec.annotations().as_ref().and_then(|notes| notes.get(annotations::POD_UID)).cloned();
+        let block = spec::take_block_devices(&mut spec)?;
+        let (mut live, mut memory) = (Vec::new(), Vec::new());
         let spec = spec::translate(spec, &root, |placed| {
             if let Some(volume) = LiveVolume::take(&placed.volume, &self.id, placed.index, &live) {
                 let mount_point = volume.mount_point().to_owned();
                 live.push(volume);
                 return Ok(mount_point);
             }
+            let source = &placed.volume.source;
+            if let Some(volume) = self.memory_volumes.take(source, pod_uid.as_deref(), &self.id, placed.index) {
+                let mount_point = volume.mount_point.clone();
+                memory.push(volume);
+                return Ok(mount_point);
+            }
             Ok(share.add_volume(&self.id, placed.index, &placed.volume)?)
         })?;
-        Ok(Prepared { spec, live })
+        Ok(Prepared { spec, live, memory, block })
     }
 }

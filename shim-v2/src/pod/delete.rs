@@ -66,6 +66,7 @@ impl Pod {
     async fn remove_container(&self, process: &Process) -> Result<()> {
         let (Ok(guest), Ok(vm)) = (process.guest(), self.vm()) else { return Ok(()) };
         self.forget(process, guest.remove().await).await?;
+        vm.release_disks(&process.container_id).await;
         let id = process.container_id.clone();
         match vm.with_share(move |share| share.remove_container(&id)).await {
             Ok(removed) => Ok(removed?),

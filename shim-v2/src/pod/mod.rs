@@ -32,7 +32,9 @@ use crate::annotations::Size;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::live::Followers;
+use crate::memory::MemoryVolumes;
 use crate::process::Process;
+use crate::streams::Streaming;
 use crate::vm::Vm;
 
 /// How long containerd may take to accept the last events.
@@ -49,6 +51,8 @@ pub(crate) struct Pod {
     host: Host,
     settings: Settings,
     publisher: Publisher,
+    memory_volumes: Arc<MemoryVolumes>,
+    streaming: Arc<Streaming>,
     lifecycle: tokio::sync::Mutex<()>,
     /// How many CPUs the guest has been told to have online, once it has been told.
     cpus_online: tokio::sync::Mutex<Option<u8>>,
@@ -87,11 +91,18 @@ impl Pod {
             host,
             settings,
             publisher,
+            memory_volumes: Arc::default(),
+            streaming: Arc::default(),
             lifecycle: tokio::sync::Mutex::default(),
             cpus_online: tokio::sync::Mutex::default(),
             state: Mutex::default(),
             finished: watch::Sender::new(false),
         })
+    }
+
+    /// What containerd opens its ends of standard streams with.
+    pub(crate) fn streaming(&self) -> &Arc<Streaming> {
+        &self.streaming
     }
 
     /// Waits until the pod is to be forgotten.

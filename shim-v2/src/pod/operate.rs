@@ -171,8 +171,12 @@ impl Pod {
         if process.is_virtual() {
             return Ok(());
         }
+        let vm = self.vm()?;
+        if let Some(rules) = resources.devices_mut() {
+            spec::renumber_rules(rules, &vm.disks_of(container_id).await);
+        }
         if let Err(error) = process.guest()?.update(&resources).await {
-            return Err(self.vm()?.explain(error).await);
+            return Err(vm.explain(error).await);
         }
         if let Ok(limit) = cpus::limit(&resources)
             && let Some(container) = self.lock().containers.get_mut(container_id)

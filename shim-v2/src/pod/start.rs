@@ -63,7 +63,7 @@ impl Pod {
             return Err(Error::State(format!("the {} does not run", init.name())));
         }
         let plan = process.plan().ok_or_else(|| Error::State(format!("the {} was started", process.name())))?;
-        let ends = process.stdio.open(&self.namespace, &process.container_id).await?;
+        let ends = process.stdio.open(&self.namespace, &process.container_id, &self.streaming).await?;
         let streams = process.stdio.streams();
         let (container_id, exec_id) = (&process.container_id, &process.exec_id);
         let (guest, connections) = match GuestProcess::exec(vm.agent(), container_id, exec_id, &plan, streams).await {

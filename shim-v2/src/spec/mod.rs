@@ -3,16 +3,18 @@
 //! What the host's kernel would have done by namespaces the guest does by being a machine of its own: a namespace that a
 //! container shares with its pod is the guest's, and one that is new is new in the guest. Network is always the guest's.
 
+mod devices;
 mod mounts;
 mod resources;
 
 use std::path::{Path, PathBuf};
 
 use hull_settings::HostNamespaces;
-use oci_spec::runtime::{LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Process, Spec};
 
 use crate::error::{Error, Result};
 
+pub(crate) use devices::{renumber, renumber_rules, take_block_devices};
 pub(crate) use mounts::Placed;
 pub(crate) use resources::fit;
 
@@ -114,16 +116,6 @@ pub(crate) fn translate(mut spec: Spec, root: &str, mut place: impl FnMut(&Place
         if let Some(resources) = linux.resources_mut() {
             resources::fit(resources);
         }
-        let privileged = linux.masked_paths().as_ref().is_none_or(Vec::is_empty);
-        if let Some(devices) = linux.devices() {
-            let block = devices.iter().find(|device| device.typ() == LinuxDeviceType::B);
-            if let (Some(device), false) = (block, privileged) {
-                let path = device.path().display();
-                return Err(Error::Invalid(format!("the block device {path} cannot be passed to the guest")));
-            }
-            let kept = devices.iter().filter(|device| device.typ() != LinuxDeviceType::B).cloned().collect();
-            linux.set_devices(Some(kept));
-        }
     }
     if !owns_uts {
         // The guest has the pod's name already.
@@ -221,16 +213,10 @@ mod tests {
     }
 
     #[test]
-    fn programs_and_disks_of_the_host_are_refused() {
+    fn programs_of_the_host_are_refused() {
         let mut spec = host_spec();
         spec["hooks"] = json!({ "createRuntime": [{ "path": "/bin/true" }] });
         assert!(translated(&spec).unwrap_err().to_string().contains("hooks"));
-        let mut spec = host_spec();
-        spec["linux"]["devices"] = json!([{ "path": "/dev/sda", "type": "b", "major": 8, "minor": 0 }]);
-        assert!(translated(&spec).unwrap_err().to_string().contains("/dev/sda"));
-        // A privileged container is given all devices of the host without having asked for one.
-        spec["linux"]["maskedPaths"] = json!([]);
-        assert_eq!(translated(&spec).unwrap()["linux"]["devices"], json!([]));
     }
 
     #[test]

@@ -66,7 +66,7 @@ fn parse(uri: &str) -> Option<(String, Vec<String>)> {
 }
 
 /// Undoes the escapes of a URI; in a query a plus stands for a space.
-fn decode(text: &str, in_query: bool) -> Option<String> {
+pub(super) fn decode(text: &str, in_query: bool) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
     while let Some(byte) = rest.next() {

@@ -4,6 +4,7 @@
 //! the rest, and at most one buffer is kept in between, only while bytes are on their way.
 
 mod binary;
+mod service;
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
@@ -18,6 +19,10 @@ use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+pub(crate) use self::service::{NAME as STREAMING, Streaming};
+use self::service::{Reservation, Side};
 
 use crate::error::{Error, Result};
 
@@ -25,6 +30,8 @@ use crate::error::{Error, Result};
 const BUFFER_BYTES: usize = 64 * 1024;
 /// How long a reader may take for the rest after the process has ended, before it is given up.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a stream's last bytes may take after the request that says that there are no more, which comes by another connection.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Where containerd wants a process's streams: paths of FIFOs or URIs; empty for nowhere.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -51,31 +58,66 @@ impl Stdio {
     /// # Errors
     ///
     /// Names the stream that cannot be opened.
-    pub(crate) async fn open(&self, namespace: &str, id: &str) -> Result<Ends> {
+    pub(crate) async fn open(&self, namespace: &str, id: &str, streaming: &Arc<Streaming>) -> Result<Ends> {
         let failed = |target: &str| Error::host(format!("cannot open the stream {target}"));
+        let mut names = Vec::new();
         let stdin = match self.stdin.as_str() {
             "" => None,
-            path => Some(
-                pipe::OpenOptions::new()
-                    .open_receiver(path.strip_prefix("fifo://").unwrap_or(path))
-                    .map_err(failed(path))?,
-            ),
+            target => Some(match streaming_id(target)? {
+                Some(name) => Source::Stream(reserve(streaming, &name, &mut names)),
+                None => Source::Fifo(
+                    pipe::OpenOptions::new()
+                        .open_receiver(target.strip_prefix("fifo://").unwrap_or(target))
+                        .map_err(failed(target))?,
+                ),
+            }),
         };
         if let Some(uri) = self.stdout.strip_prefix("binary://") {
             // One program for both, whatever is said of standard error.
             let (stdout, stderr) = binary::start(uri, namespace, id).await.map_err(failed(&self.stdout))?;
-            return Ok(Ends { stdin, stdout: Sink::Fifo(stdout), stderr: Sink::Fifo(stderr) });
+            return Ok(Ends { stdin, stdout: Sink::Fifo(stdout), stderr: Sink::Fifo(stderr), names });
         }
-        Ok(Ends { stdin, stdout: Sink::open(&self.stdout)?, stderr: Sink::open(&self.stderr)? })
+        let mut open = |target: &str| match streaming_id(target)? {
+            Some(name) => Ok(Sink::Stream(reserve(streaming, &name, &mut names))),
+            None => Sink::open(target),
+        };
+        let (stdout, stderr) = (open(&self.stdout)?, open(&self.stderr)?);
+        Ok(Ends { stdin, stdout, stderr, names })
     }
+}
+
+/// The name of a stream that containerd opens to the shim, `ttrpc+unix://SOCKET?streaming_id=NAME`; none of other targets.
+fn streaming_id(target: &str) -> Result<Option<String>> {
+    let Some(rest) = target.strip_prefix("ttrpc+unix://") else { return Ok(None) };
+    let query = rest.split_once('?').map_or("", |(_, query)| query);
+    let name = query.split('&').find_map(|pair| pair.strip_prefix("streaming_id=")).unwrap_or_default();
+    match binary::decode(name, true).filter(|name| !name.is_empty()) {
+        Some(name) => Ok(Some(name)),
+        None => Err(Error::Invalid(format!("the stream {target} has no streaming_id"))),
+    }
+}
+
+fn reserve(streaming: &Arc<Streaming>, name: &str, names: &mut Vec<Reservation>) -> Side {
+    let (reservation, side) = streaming.reserve(name);
+    names.push(reservation);
+    side
 }
 
 /// The opened ends on the host.
 #[derive(Debug)]
 pub(crate) struct Ends {
-    stdin: Option<pipe::Receiver>,
+    stdin: Option<Source>,
     stdout: Sink,
     stderr: Sink,
+    /// Kept until the process is forgotten: a client that comes back is to find the end of what has ended.
+    names: Vec<Reservation>,
+}
+
+/// Where input comes from.
+#[derive(Debug)]
+enum Source {
+    Fifo(pipe::Receiver),
+    Stream(Side),
 }
 
 /// Where output goes.
@@ -84,6 +126,7 @@ enum Sink {
     Nowhere,
     Fifo(pipe::Sender),
     File(File),
+    Stream(Side),
 }
 
 impl Sink {
@@ -95,7 +138,7 @@ impl Sink {
             Some(("file", path)) => File::options().append(true).create(true).open(path).map(Self::File),
             Some((scheme, _)) => {
                 return Err(Error::Unsupported(format!(
-                    "streams to {scheme}:// are not supported; use a FIFO, file:// or binary://"
+                    "streams to {scheme}:// are not supported; use a FIFO, file://, binary:// or streaming"
                 )));
             }
         };
@@ -107,6 +150,10 @@ impl Sink {
             Self::Nowhere => Ok(()),
             Self::Fifo(fifo) => fifo.write_all(bytes).await,
             Self::File(file) => file.write_all(bytes),
+            Self::Stream(side) => {
+                side.write(bytes).await;
+                Ok(())
+            }
         }
     }
 }
@@ -129,19 +176,24 @@ fn open_fifo(path: &str) -> std::io::Result<Sink> {
 pub(crate) struct Pumps {
     input: Option<(JoinHandle<()>, Arc<Notify>)>,
     output: Vec<JoinHandle<()>>,
+    _names: Vec<Reservation>,
 }
 
 impl Pumps {
     /// Starts to carry between the guest's connections and the host's ends.
     pub(crate) fn start(connections: Connections, ends: Ends, terminal: bool) -> std::io::Result<Self> {
-        let mut pumps = Self::default();
+        let mut pumps = Self { input: None, output: Vec::new(), _names: ends.names };
         let (mut input, stdout) = (connections.stdin, connections.stdout);
         if terminal {
             input = stdout.as_ref().map(StdStream::try_clone).transpose()?;
         }
         if let (Some(source), Some(connection)) = (ends.stdin, input) {
             let closed = Arc::new(Notify::new());
-            let task = tokio::spawn(send(source, adopt(connection)?, closed.clone(), !terminal));
+            let (target, half_close, closing) = (adopt(connection)?, !terminal, closed.clone());
+            let task = match source {
+                Source::Fifo(fifo) => tokio::spawn(send(fifo, target, closing, half_close)),
+                Source::Stream(side) => tokio::spawn(send_from_stream(side, target, closing, half_close)),
+            };
             pumps.input = Some((task, closed));
         }
         for (connection, sink) in [(stdout, ends.stdout), (connections.stderr, ends.stderr)] {
@@ -221,6 +273,39 @@ async fn send(source: pipe::Receiver, mut target: UnixStream, closed: Arc<Notify
             Err(_) => break,
         }
     }
+    end_input(target, half_close);
+}
+
+/// The same from a stream of containerd's.
+async fn send_from_stream(mut source: Side, mut target: UnixStream, closed: Arc<Notify>, half_close: bool) {
+    let mut deadline = None;
+    loop {
+        let late = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
+        let bytes = tokio::select! {
+            biased;
+            bytes = source.read() => bytes,
+            // A client that has written all closes the stream; one that does not has said so with the request.
+            () = closed.notified(), if deadline.is_none() => {
+                deadline = Some(Instant::now() + CLOSE_TIMEOUT);
+                continue;
+            }
+            () = late => None,
+        };
+        let Some(bytes) = bytes else { break };
+        // An error means that the process takes no more input.
+        if target.write_all(&bytes).await.is_err() {
+            return;
+        }
+    }
+    end_input(target, half_close);
+}
+
+fn end_input(target: UnixStream, half_close: bool) {
     if half_close {
         // Fails where the process has gone.
         let _ = target.into_std().and_then(|target| target.shutdown(Shutdown::Write));
@@ -289,7 +374,7 @@ mod tests {
     #[tokio::test]
     async fn bytes_arrive_whole_and_the_end_of_input_is_passed_on() {
         let fifos = Fifos::new();
-        let ends = fifos.stdio().open("n", "c").await.unwrap();
+        let ends = fifos.stdio().open("n", "c", &Arc::default()).await.unwrap();
         let sent: Vec<u8> = (0..3_000_000_u32).map(|number| (number % 251) as u8).collect();
         let writer = std::thread::spawn({
             let (path, sent) = (fifos.path("in"), sent.clone());
@@ -311,7 +396,7 @@ mod tests {
     #[tokio::test]
     async fn closing_the_input_passes_on_what_was_written_before() {
         let fifos = Fifos::new();
-        let ends = fifos.stdio().open("n", "c").await.unwrap();
+        let ends = fifos.stdio().open("n", "c", &Arc::default()).await.unwrap();
         // The writer stays open: only the request says that there is no more.
         let mut writer = File::options().write(true).open(fifos.path("in")).unwrap();
         let mut out = File::open(fifos.path("out")).unwrap();
@@ -327,9 +412,9 @@ mod tests {
     #[tokio::test]
     async fn a_missing_fifo_is_named_and_an_unknown_scheme_refused() {
         let missing = Stdio { stdout: "/no/such/fifo".into(), ..Stdio::default() };
-        assert!(missing.open("n", "c").await.unwrap_err().to_string().contains("/no/such/fifo"));
+        assert!(missing.open("n", "c", &Arc::default()).await.unwrap_err().to_string().contains("/no/such/fifo"));
         let unknown = Stdio { stdout: "carrier://pigeon".into(), ..Stdio::default() };
-        assert!(matches!(unknown.open("n", "c").await, Err(Error::Unsupported(_))));
+        assert!(matches!(unknown.open("n", "c", &Arc::default()).await, Err(Error::Unsupported(_))));
     }
 
     #[tokio::test]
@@ -339,10 +424,40 @@ mod tests {
         let stdio = Stdio { stdout: format!("file://{}", path.display()), ..Stdio::default() };
         let (stdout, mut process) = StdStream::pair().unwrap();
         let connections = Connections { stdin: None, stdout: Some(stdout), stderr: None };
-        let pumps = Pumps::start(connections, stdio.open("n", "c").await.unwrap(), false).unwrap();
+        let pumps = Pumps::start(connections, stdio.open("n", "c", &Arc::default()).await.unwrap(), false).unwrap();
         process.write_all(b"hello").unwrap();
         drop(process);
         pumps.finish().await;
         assert_eq!(std::fs::read(path).unwrap(), b"hello");
+    }
+
+    #[tokio::test]
+    async fn streams_of_containerd_carry_both_ways_and_end() {
+        let shim = service::testing::Shim::start().await;
+        let (stdin, mut stdout) = (shim.named("c-stdin").await, shim.named("c-stdout").await);
+        let target = |name: &str| format!("ttrpc+{}?streaming_id={name}", shim.address);
+        let stdio = Stdio { stdin: target("c-stdin"), stdout: target("c-stdout"), ..Stdio::default() };
+        let pumps = Pumps::start(echo(), stdio.open("n", "c", &shim.streaming).await.unwrap(), false).unwrap();
+        stdout.grant(1 << 16).await;
+        stdin.write(b"there and back").await;
+        // By another connection than the bytes, which are not to be lost for that.
+        pumps.close_input();
+        stdin.close().await;
+        assert_eq!(stdout.read().await.unwrap(), b"there and back");
+        assert_eq!(stdout.read().await, None);
+        pumps.finish().await;
+    }
+
+    #[test]
+    fn a_stream_is_named_by_its_target() {
+        let name = |target: &str| streaming_id(target).ok().flatten();
+        assert_eq!(name("ttrpc+unix:///run/s?streaming_id=c-stdin").as_deref(), Some("c-stdin"));
+        assert_eq!(name("ttrpc+unix:///run/s?x=y&streaming_id=a%20b").as_deref(), Some("a b"));
+        assert_eq!(name("/run/fifo"), None);
+        for wrong in
+            ["ttrpc+unix:///run/s", "ttrpc+unix:///run/s?streaming_id=", "ttrpc+unix:///run/s?streaming_id=%00"]
+        {
+            assert!(streaming_id(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -1,0 +1,94 @@
+//! Block devices in containers (`volumeDevices`).
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use fixture::cri::api::{ContainerConfig, Device};
+use fixture::cri::{Pod, eventually, handlers_and_runc};
+use fixture::netns::host;
+
+/// A disk of the node's; gone when dropped.
+struct Loop {
+    node: String,
+    image: tempfile::NamedTempFile,
+}
+
+impl Loop {
+    fn new() -> Self {
+        let image = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
+        image.as_file().set_len(4 << 20).unwrap();
+        let node = host(&format!("losetup --find --show {}", image.path().display())).trim().to_owned();
+        Self { node, image }
+    }
+
+    /// What is on it at `offset`.
+    fn read(&self, offset: u64) -> [u8; 8] {
+        host(&format!("blockdev --flushbufs {}", self.node));
+        let mut bytes = [0; 8];
+        self.image.as_file().read_exact_at(&mut bytes, offset).unwrap();
+        bytes
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").args(["--detach", &self.node]).status();
+    }
+}
+
+fn device(config: &mut ContainerConfig, host: &str, container: &str, permissions: &str) {
+    let mut device = Device::new();
+    (device.host_path, device.container_path) = (host.to_owned(), container.to_owned());
+    permissions.clone_into(&mut device.permissions);
+    config.devices.push(device);
+}
+
+#[test]
+fn a_block_device_is_a_disk_of_the_guests_at_the_path_asked_for() {
+    for handler in handlers_and_runc() {
+        let disk = Loop::new();
+        let pod = Pod::start(handler, |_| {});
+        let writer = pod.run("writer", "sleep 1000", |config| device(config, &disk.node, "/dev/data", "mrw"));
+        assert_eq!(writer.exec("test -b /dev/data && blockdev --getsize64 /dev/data"), "4194304", "{handler}");
+        writer.exec("printf inside01 | dd of=/dev/data bs=8 seek=512 conv=fsync 2>/dev/null");
+        assert_eq!(&disk.read(4096), b"inside01", "{handler}");
+        // Another container of the pod sees the same, at a path of its own, and may not write to it.
+        let reader = pod.run("reader", "sleep 1000", |config| device(config, &disk.node, "/srv/disk", "mr"));
+        assert_eq!(reader.exec("dd if=/srv/disk bs=8 skip=512 count=1 2>/dev/null"), "inside01", "{handler}");
+        writer.exec("printf inside02 | dd of=/dev/data bs=8 seek=512 conv=fsync 2>/dev/null");
+        assert_eq!(reader.exec("dd if=/srv/disk bs=8 skip=512 count=1 2>/dev/null"), "inside02", "{handler}");
+        let refused = reader.try_exec("printf x >/srv/disk", 0).unwrap();
+        assert!(refused.code != 0 && refused.stderr.contains("not permitted"), "{handler}: {refused:?}");
+        // Nor is it there for a container that has not asked, even under the number that it has in the guest.
+        let number = writer.exec("stat -c '%t %T' /dev/data");
+        let [major, minor] = number.split(' ').collect::<Vec<_>>()[..] else { panic!("{number}") };
+        let other = pod.run("other", "sleep 1000", |_| {});
+        let script = format!("mknod /disk b $((0x{major})) $((0x{minor})) && head -c1 /disk");
+        let refused = other.try_exec(&script, 0).unwrap();
+        assert!(refused.code != 0 && refused.stderr.contains("not permitted"), "{handler}: {refused:?}");
+
+        // With its last container the node has the disk back.
+        for container in [writer, reader] {
+            container.stop(0);
+            container.remove();
+        }
+        eventually("nobody has the disk open", || match users_of(&disk.node) {
+            0 => Ok(()),
+            count => Err(format!("{count} have")),
+        });
+        let again = pod.run("again", "sleep 1000", |config| device(config, &disk.node, "/dev/data", "mr"));
+        assert_eq!(again.exec("dd if=/dev/data bs=8 skip=512 count=1 2>/dev/null"), "inside02", "{handler}");
+        pod.end();
+    }
+}
+
+/// Descriptors of all processes that are a device.
+fn users_of(node: &str) -> usize {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let descriptors = processes.filter_map(|process| std::fs::read_dir(process.path().join("fd")).ok());
+    descriptors
+        .flatten()
+        .flatten()
+        .filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|at| at == Path::new(node)))
+        .count()
+}

@@ -1,0 +1,103 @@
+//! Volumes of pods that are not simply directories of the node.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::Path;
+
+use fixture::cri::{Pod, handlers_and_runc, is_hull};
+
+/// What containers see of the emptyDirs in memory of a pod.
+#[derive(Debug, PartialEq, Eq)]
+struct Seen {
+    kind: String,
+    owner: String,
+    size_kib: String,
+    through_part: String,
+    in_part: String,
+    too_much: bool,
+    charged: bool,
+    after_restart: String,
+    read_only: bool,
+    found: String,
+}
+
+#[test]
+fn an_empty_dir_in_memory_is_a_tmpfs_of_the_guests_own() {
+    let seen: Vec<Seen> = handlers_and_runc().map(in_memory).collect();
+    for other in &seen[1..] {
+        assert_eq!(seen[0], *other);
+    }
+}
+
+fn in_memory(handler: &str) -> Seen {
+    let pod = Pod::start(handler, |_| {});
+    let cache = pod.memory_volume("cache", "4m");
+    // As for a pod with an fsGroup.
+    chown(&cache, Some(0), Some(1234)).unwrap();
+    fs::set_permissions(&cache, fs::Permissions::from_mode(0o2770)).unwrap();
+    let filled = pod.memory_volume("filled", "4m");
+    fs::write(filled.join("before"), "from the node").unwrap();
+    // The kubelet makes it before the container that wants it, which can be the first or a later one.
+    let part = pod.part_of_volume(&cache, "a part/inner", "reader", 0);
+
+    let writer = pod.run("writer", "sleep 1000", |config| {
+        config.mount(&cache, "/cache", false);
+        config.mount(&filled, "/filled", false);
+    });
+    let reader = pod.run("reader", "sleep 1000", |config| {
+        config.mount(&part, "/part", false);
+        config.mount(&cache, "/cache", true);
+    });
+    let late_part = pod.part_of_volume(&cache, "late", "late", 0);
+    let late = pod.run("late", "sleep 1000", |config| config.mount(&late_part, "/part", false));
+
+    let kind = writer.exec("grep ' /cache ' /proc/mounts | cut -d' ' -f3");
+    let owner = writer.exec("stat -c '%a %u %g' /cache");
+    let size_kib = writer.exec("df -k /cache | tail -1 | awk '{ print $2 }'");
+    writer.exec("echo inside >'/cache/a part/inner/file'; echo later >/cache/late/file");
+    let through_part = reader.exec("cat /part/file; cat '/cache/a part/inner/file'");
+    late.exec("echo back >>/part/file");
+    let in_part = writer.exec("cat /cache/late/file");
+    let shmem = "awk '$1 == \"shmem\" { print $2 }' /sys/fs/cgroup/memory.stat";
+    let before: u64 = writer.exec(shmem).parse().unwrap();
+    writer.exec("dd if=/dev/zero of=/cache/large bs=64k count=32 2>/dev/null");
+    let charged = writer.exec(shmem).parse::<u64>().unwrap() >= before + (2 << 20);
+    let filling = writer.try_exec("dd if=/dev/zero of=/cache/too-large bs=64k count=64", 0).unwrap();
+    let refused = reader.try_exec("echo mine >/cache/mine", 0).unwrap();
+    let found = writer.exec("cat /filled/before; echo to the node >/filled/after");
+    assert_eq!(fs::read_to_string(filled.join("after")).unwrap(), "to the node\n", "{handler}");
+    writer.stop(0);
+    writer.remove();
+    let again = pod.run("again", "sleep 1000", |config| config.mount(&cache, "/cache", false));
+    let after_restart = again.exec("ls /cache; cat /cache/late/file");
+
+    assert_eq!(cache.join("late/file").exists(), !is_hull(handler), "{handler}: the guest's files are in the guest");
+    pod.end();
+    Seen {
+        kind,
+        owner,
+        size_kib,
+        through_part,
+        in_part,
+        too_much: filling.code != 0 && filling.stderr.contains("No space left"),
+        charged,
+        after_restart,
+        read_only: refused.code != 0 && refused.stderr.contains("Read-only"),
+        found,
+    }
+}
+
+#[test]
+fn a_part_of_a_volume_in_memory_does_not_lead_out_of_it() {
+    for handler in fixture::cri::handlers() {
+        let pod = Pod::start(handler, |_| {});
+        let cache = pod.memory_volume("cache", "4m");
+        let planter = pod.run("planter", "sleep 1000", |config| config.mount(&cache, "/cache", false));
+        planter.exec("ln -s / /cache/escape");
+        let part = pod.part_of_volume(&cache, "escape", "victim", 0);
+        let refused = pod.try_run("victim", "sleep 1000", |config| config.mount(&part, "/part", false)).unwrap_err();
+        assert!(refused.message().contains("escape"), "{handler}: {refused}");
+        assert!(Path::new(&part).is_dir());
+        pod.end();
+    }
+}

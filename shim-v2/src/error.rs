@@ -78,14 +78,7 @@ impl Error {
             Self::Agent(error) => of_agent(error),
             Self::Cgroup(CgroupError::Version) => Code::FAILED_PRECONDITION,
             Self::Cgroup(CgroupError::Path(_)) => Code::INVALID_ARGUMENT,
-            Self::Cgroup(CgroupError::Use { source, .. }) => match of_io(source) {
-                Code::NOT_FOUND => Code::FAILED_PRECONDITION,
-                code => code,
-            },
-            Self::Disk(DiskError::Open { source, .. }) => match of_io(source) {
-                Code::NOT_FOUND => Code::FAILED_PRECONDITION,
-                code => code,
-            },
+            Self::Cgroup(CgroupError::Use { source, .. }) | Self::Disk(DiskError::Open { source, .. }) => of_io(source),
             Self::Disk(DiskError::Control { .. }) => Code::INTERNAL,
             Self::Disk(DiskError::Agent { source, .. }) => of_agent(source),
             Self::Share(error) => of_share(error),
@@ -126,21 +119,18 @@ fn of_agent(error: &AgentError) -> Code {
 
 fn of_share(error: &ShareError) -> Code {
     match error {
-        ShareError::Namespace(source) => of_io(source),
-        // A volume's source that vanished: NOT_FOUND would mean to containerd that the task is unknown.
-        ShareError::Source { source, .. } | ShareError::Mount { source, .. } | ShareError::Make { source, .. } => {
-            match of_io(source) {
-                Code::NOT_FOUND => Code::FAILED_PRECONDITION,
-                code => code,
-            }
-        }
+        ShareError::Namespace(source)
+        | ShareError::Source { source, .. }
+        | ShareError::Mount { source, .. }
+        | ShareError::Make { source, .. } => of_io(source),
     }
 }
 
 fn of_io(error: &std::io::Error) -> Code {
     use std::io::ErrorKind;
     match error.kind() {
-        ErrorKind::NotFound => Code::NOT_FOUND,
+        // A file that is not there. NOT_FOUND would mean to containerd that the task is unknown.
+        ErrorKind::NotFound => Code::FAILED_PRECONDITION,
         ErrorKind::PermissionDenied => Code::PERMISSION_DENIED,
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::OutOfMemory => Code::RESOURCE_EXHAUSTED,
         ErrorKind::InvalidInput | ErrorKind::InvalidFilename => Code::INVALID_ARGUMENT,
@@ -185,5 +175,7 @@ mod tests {
     fn a_vanished_source_is_not_taken_for_an_unknown_task() {
         let error = ShareError::Source { path: "/gone".into(), source: std::io::ErrorKind::NotFound.into() };
         assert_eq!(Error::from(error).code(), Code::FAILED_PRECONDITION);
+        let fifo = Error::host("cannot open the stream")(std::io::ErrorKind::NotFound.into());
+        assert_eq!(fifo.code(), Code::FAILED_PRECONDITION);
     }
 }

@@ -35,6 +35,8 @@ fn a_container_lives_from_run_to_remove() {
 }
 
 fn live(handler: &str) -> Seen {
+    // Shown where the test fails.
+    println!("with {handler}");
     let pod = Pod::start(handler, |config| {
         let most = "io.katacontainers.config.hypervisor.default_maxvcpus";
         config.annotations.insert(most.to_owned(), "2".to_owned());

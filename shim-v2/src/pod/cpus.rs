@@ -43,21 +43,22 @@ fn needed(size: &Size, limits: impl Iterator<Item = Limit>) -> u8 {
 }
 
 impl Pod {
-    /// Has as many CPUs online in the guest as the containers' limits need now.
+    /// Has as many CPUs online in the guest as the containers' limits need now, and none taken offline unless `may_shrink`: as long
+    /// as containers are still coming, the pod was given what all of them need.
     ///
     /// # Errors
     ///
     /// Fails where the guest does not answer or cannot switch a CPU.
-    pub(super) async fn fit_cpus(&self) -> Result<()> {
+    pub(super) async fn fit_cpus(&self, may_shrink: bool) -> Result<()> {
         // Of two changes at once the last must see both limits.
         let mut online = self.cpus_online.lock().await;
-        let (vm, wanted) = {
+        let (vm, wanted, now) = {
             let state = self.lock();
             let (Some(vm), Some(size)) = (state.vm.clone(), state.size.as_ref()) else { return Ok(()) };
             let limits = state.containers.values().filter(|container| !container.init.is_virtual());
-            (vm, needed(size, limits.map(|container| container.cpu_limit)))
+            (vm, needed(size, limits.map(|container| container.cpu_limit)), online.unwrap_or(size.cpus))
         };
-        if *online == Some(wanted) {
+        if wanted == now || (wanted < now && !may_shrink) {
             return Ok(());
         }
         let now = match vm.agent().online_cpus(wanted.into()).await {

@@ -88,7 +88,7 @@ impl Pod {
             execs: Default::default(),
         };
         self.lock().containers.insert(request.id, container);
-        if let Err(error) = self.fit_cpus().await {
+        if let Err(error) = self.fit_cpus(false).await {
             // It runs, if on fewer CPUs than its limit allows.
             tracing::warn!("cannot bring CPUs online: {error}");
         }

@@ -57,8 +57,6 @@ impl Pod {
         };
         if !is_in_use {
             self.stop_vm().await;
-        } else if let Err(error) = self.fit_cpus().await {
-            tracing::warn!("cannot take CPUs offline: {error}");
         }
         Ok((pid, exit))
     }

@@ -183,7 +183,7 @@ impl Pod {
         {
             container.cpu_limit = limit;
         }
-        self.fit_cpus().await
+        self.fit_cpus(true).await
     }
 
     /// What a container uses; of the pod's own, nothing.

@@ -1,0 +1,297 @@
+"""Measures disks, shares and the network of a guest against the machine that it runs on; prints a report as JSON.
+
+    devices.py [--counted]
+
+The same work is done on the host and in a guest, on the same files and between the same two network namespaces; a figure is what
+the guest comes to divided by what the host does, both in one run, so it says something on a slow machine as well. With --counted
+it is instructions for each operation, in the counted lab, those of the caller, the guest and the host together.
+
+A guest's root is this machine's own, so all have the same programs.
+"""
+
+import json
+import mmap
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import peer
+
+NAME = "bench-devices"
+WORK = "/var/tmp/bench-devices"
+ROOT = f"{WORK}/root"
+DISK = f"{WORK}/disk.img"
+SHARE = f"{WORK}/share"
+HERE, THERE, ADDRESS, PORT = "bench-here", "bench-there", "192.0.2.2", 5300
+DISK_BYTES = 256 << 20
+FILE_BYTES = 64 << 20
+# Small files of the archive; 100,000 is the size that figures are compared at, and takes most of an hour in the lab.
+FILES = int(os.environ.get("HULL_BENCH_FILES") or "2000")
+SECONDS = 3
+OPERATIONS = 2000
+# What hangs is an error, not a figure.
+TIMEOUT_SECONDS = 900
+
+# Name, pattern, size of an access, depth of the queue.
+DISK_JOBS = [(f"{name}{suffix}", pattern, size, depth) for depth, suffix in ((1, ""), (32, "_d32"))
+             for name, pattern, size in (("randread_4k", "randread", "4k"), ("randwrite_4k", "randwrite", "4k"),
+                                         ("seq_1m", "read", "1m"))]
+SHARE_JOBS = [("randread_4k", "randread", "4k", 1), ("seq_1m", "read", "1m", 1)]
+
+
+def run(*command, **options):
+    options.setdefault("stdin", subprocess.DEVNULL)
+    ended = subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, check=False, **options)
+    if ended.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed ({ended.returncode}): {ended.stderr.decode()}{ended.stdout.decode()}")
+    return ended.stdout.decode()
+
+
+# The work, which a guest does as well: each is called by name with its arguments as text, and answers numbers by name.
+
+def fio(path, jobs):
+    """Bytes a second of each job; a job is a list of name, pattern, size and depth."""
+    command = ["fio", "--output-format=json", f"--filename={path}", "--direct=1", "--ioengine=libaio", "--time_based",
+               f"--runtime={SECONDS}", f"--size={FILE_BYTES}", "--group_reporting=0", "--randrepeat=1"]
+    for name, pattern, size, depth in json.loads(jobs):
+        command += [f"--name={name}", f"--rw={pattern}", f"--bs={size}", f"--iodepth={depth}", "--stonewall"]
+    with tempfile.NamedTemporaryFile() as report:
+        # Its notes go to standard output too.
+        run(*command, f"--output={report.name}")
+        report = json.load(report)
+    return {job["jobname"]: job["read"]["bw_bytes"] + job["write"]["bw_bytes"] for job in report["jobs"]}
+
+
+def small_files(directory, archive):
+    """Seconds that it takes to unpack an archive, to look at each file of it, and to remove them."""
+    target = f"{directory}/unpacked"
+    os.mkdir(target)
+    steps = {"untar": ["tar", "-x", "-f", archive, "-C", target], "stat": ["find", target, "-type", "f", "-size", "+100k"],
+             "rm": ["rm", "-r", target]}
+    times = {}
+    for name, command in steps.items():
+        start = time.monotonic()
+        run(*command)
+        times[name] = time.monotonic() - start
+    return times
+
+
+def tcp_streams(address):
+    """Bits a second that arrive, from here and to here, by one connection and by eight."""
+    rates = {}
+    for streams in (1, 8):
+        for direction, option in (("out", []), ("in", ["-R"])):
+            report = json.loads(run("iperf3", "-c", address, "-J", "-t", str(SECONDS), "-P", str(streams), *option))
+            rates[f"{direction}_{streams}"] = report["end"]["sum_received"]["bits_per_second"]
+    return rates
+
+
+def udp_packets(address):
+    """Packets of 64 bytes a second that arrive."""
+    report = json.loads(run("iperf3", "-c", address, "-J", "-t", str(SECONDS), "-u", "-b", "0", "-l", "64"))
+    total = report["end"]["sum"]
+    return {"pps": (total["packets"] - total["lost_packets"]) / total["seconds"]}
+
+
+def round_trips(address, port):
+    """Microseconds that a byte takes there and back by TCP."""
+    with socket.create_connection((address, int(port))) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        start = time.monotonic()
+        for _ in range(OPERATIONS):
+            connection.sendall(b"x")
+            connection.recv(1)
+        return {"us": (time.monotonic() - start) / OPERATIONS * 1e6}
+
+
+def counted(action):
+    """The counted lab's clock goes one nanosecond an instruction."""
+    for number in range(OPERATIONS // 10):
+        action(number)
+    start = time.monotonic_ns()
+    for number in range(OPERATIONS):
+        action(number)
+    return (time.monotonic_ns() - start) // OPERATIONS
+
+
+def disk_reads(path):
+    buffer = mmap.mmap(-1, 4096)
+    file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    return {"instructions": counted(lambda number: os.preadv(file, [buffer], number * 4096 % FILE_BYTES))}
+
+
+def file_reads(path):
+    def open_read_close(_):
+        file = os.open(path, os.O_RDONLY)
+        os.read(file, 4096)
+        os.close(file)
+    return {"instructions": counted(open_read_close)}
+
+
+def packets(address, port):
+    """Each is answered when it has arrived, so that none waits in a queue; a packet is half of that."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as connection:
+        connection.connect((address, int(port)))
+
+        def there_and_back(_):
+            connection.send(b"x" * 64)
+            connection.recv(64)
+        return {"instructions": counted(there_and_back) // 2}
+
+
+WORKS = {work.__name__: work for work in (fio, small_files, tcp_streams, udp_packets, round_trips, disk_reads, file_reads,
+                                         packets)}
+
+
+# Where it is done.
+
+def on_host(work, *args, namespace=None):
+    prefix = ["ip", "netns", "exec", namespace] if namespace else []
+    return json.loads(run(*prefix, sys.executable, "-B", __file__, "work", work, *args))
+
+
+def in_guest(work, *args):
+    return json.loads(run("hull", "exec", NAME, sys.executable, "-B", "/bench/devices.py", "work", work, *args))
+
+
+def echo(kind):
+    """A process in the other namespace that sends back what it gets on `PORT`; of datagrams or of one connection after another."""
+    program = {
+        "tcp": f"import socket\nserver = socket.create_server(('{ADDRESS}', {PORT}))\nprint(flush=True)\n"
+               "while True:\n    connection, _ = server.accept()\n"
+               "    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)\n"
+               "    while data := connection.recv(64):\n        connection.sendall(data)\n",
+        "udp": "import socket\nserver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+               f"server.bind(('{ADDRESS}', {PORT}))\nprint(flush=True)\n"
+               "while True:\n    data, sender = server.recvfrom(64)\n    server.sendto(data, sender)\n",
+    }[kind]
+    return listening("ip", "netns", "exec", THERE, sys.executable, "-I", "-c", program)
+
+
+def listening(*command):
+    """A process in the background that has said its first line, which is that it listens."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    if not process.stdout.readline():
+        raise SystemExit(f"{' '.join(command)} ended at once")
+    return process
+
+
+def connect():
+    """Two namespaces with a pair of Ethernet interfaces between them."""
+    for namespace in (HERE, THERE):
+        run("ip", "netns", "add", namespace)
+        run("ip", "-n", namespace, "link", "set", "lo", "up")
+    run("ip", "-n", HERE, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", THERE)
+    for namespace, address in ((HERE, "192.0.2.1"), (THERE, ADDRESS)):
+        run("ip", "-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
+        run("ip", "-n", namespace, "link", "set", "eth0", "up")
+
+
+def prepare():
+    shutil.rmtree(WORK, ignore_errors=True)
+    for path in (ROOT, SHARE, f"{WORK}/archive"):
+        os.makedirs(path)
+    # Without what is mounted in it.
+    run("mount", "--bind", "/", ROOT)
+    block = os.urandom(1 << 20)
+    for path, size in ((DISK, DISK_BYTES), (f"{SHARE}/file", FILE_BYTES)):
+        with open(path, "wb") as file:
+            for _ in range(size >> 20):
+                file.write(block)
+    connect()
+
+
+def start_guest():
+    run("hull", "run", "-d", "--name", NAME, "--memory", "512", "--net", f"netns:/run/netns/{HERE}", "--rootfs", ROOT,
+        "--disk", DISK, "-v", f"{SHARE}:/share", "-v", f"{os.path.dirname(__file__)}:/bench:ro", "--", "sleep", "1000000")
+
+
+def ratios(host, guest, slower_is_less=True):
+    return {name: round(guest[name] / host[name] if slower_is_less else host[name] / guest[name], 3) for name in host}
+
+
+def measure(add):
+    """The network first: afterwards its namespace is the guest's."""
+    server = listening("ip", "netns", "exec", THERE, "stdbuf", "-oL", "iperf3", "-s")
+    repeater = echo("tcp")
+    network = [("tcp_streams", ADDRESS), ("udp_packets", ADDRESS), ("round_trips", ADDRESS, str(PORT))]
+    host = {work: on_host(work, *args, namespace=HERE) for work, *args in network}
+    start_guest()
+    guest = {work: in_guest(work, *args) for work, *args in network}
+    for name, ratio in ratios(host["tcp_streams"], guest["tcp_streams"]).items():
+        add(f"net_tcp_stream_{name}_ratio", ratio, "")
+    for where, found in (("", guest), ("_host", host)):
+        add(f"net_tcp_rr{where}_us", round(found["round_trips"]["us"], 1), "us")
+        add(f"net_udp{where}_pps", round(found["udp_packets"]["pps"]), "1/s")
+    server.kill()
+    repeater.kill()
+
+    jobs = json.dumps(DISK_JOBS)
+    for name, ratio in ratios(on_host("fio", DISK, jobs), in_guest("fio", "/dev/vda", jobs)).items():
+        add(f"blk_{name}_ratio", ratio, "")
+
+    files = f"{WORK}/files.tar"
+    for number in range(FILES):
+        directory = f"{WORK}/archive/{number // 100}"
+        os.makedirs(directory, exist_ok=True)
+        with open(f"{directory}/{number}", "wb") as file:
+            file.write(b"x" * 1024)
+    run("tar", "-c", "-f", files, "-C", f"{WORK}/archive", ".")
+    shutil.copy(files, f"{SHARE}/files.tar")
+    jobs = json.dumps(SHARE_JOBS)
+
+    def on_share(where, share):
+        return {**where("fio", f"{share}/file", jobs)}, where("small_files", share, f"{share}/files.tar")
+
+    host = on_share(on_host, SHARE)
+    add_share(add, "fs", host, on_share(in_guest, "/share"))
+    run("hull", "rm", "-f", NAME)
+    if peer.is_there():
+        with peer.Peer(ROOT, SHARE, os.path.dirname(__file__)) as machine:
+            add_share(add, "fs_virtiofsd", host, on_share(machine.run, "/share"))
+
+
+def add_share(add, prefix, host, guest):
+    for name, ratio in {**ratios(host[0], guest[0]), **ratios(host[1], guest[1], slower_is_less=False)}.items():
+        add(f"{prefix}_{name}_ratio", ratio, "")
+
+
+def count(add):
+    start_guest()
+    # What the page cache holds takes no time of the lab's host.
+    for path in (DISK, f"{SHARE}/file"):
+        with open(path, "rb") as file:
+            while file.read(1 << 20):
+                pass
+    repeater = echo("udp")
+    for name, work, *args in (("blk_4k", "disk_reads", "/dev/vda"), ("fs_open_read_close", "file_reads", "/share/file"),
+                              ("net_packet", "packets", ADDRESS, str(PORT))):
+        add(f"{name}_instructions", in_guest(work, *args)["instructions"], "")
+    repeater.kill()
+    run("hull", "rm", "-f", NAME)
+
+
+def main():
+    figures = {}
+
+    def add(name, value, unit):
+        figures[name] = {"value": value, "unit": unit}
+        print(f"{name}: {value} {unit}", file=sys.stderr, flush=True)
+
+    prepare()
+    try:
+        (count if sys.argv[1:] == ["--counted"] else measure)(add)
+    finally:
+        # What has been measured is kept where a later one fails.
+        json.dump({"figures": figures}, sys.stdout, indent=2)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["work"]:
+        print(json.dumps(WORKS[sys.argv[2]](*sys.argv[3:])))
+    else:
+        main()

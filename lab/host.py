@@ -57,7 +57,8 @@ class Shape:
         self.memory_mib = memory_mib or (3072 if counted else 6144)
         if counted and self.cpus != 1:
             raise LabError("a counted lab has one CPU: the instructions of several have no common order")
-        self.is_usual = not cpus and not memory_mib
+        # Those for which a state is saved: the defaults, and the lab of the tests, several of which run side by side.
+        self.is_usual = cpus in (None, 1) and not memory_mib
 
     def arguments(self):
         if self.counted:

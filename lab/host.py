@@ -26,8 +26,6 @@ import threading
 import time
 import tty
 
-# Where QEMU looks for firmware; a program that is not where it was installed has to be told.
-FIRMWARE = ("/usr/share/qemu", "/usr/share/seabios")
 COULD_NOT_RUN = 125
 PORTS = ("control", "stdin", "stdout", "stderr")
 # A saved state has the devices that it was saved with, so every lab has as many share slots.
@@ -57,7 +55,8 @@ class Shape:
         self.memory_mib = memory_mib or (3072 if counted else 6144)
         if counted and self.cpus != 1:
             raise LabError("a counted lab has one CPU: the instructions of several have no common order")
-        self.is_usual = not cpus and not memory_mib
+        # Those for which a state is saved: the defaults, and the lab of the tests, several of which run side by side.
+        self.is_usual = cpus in (None, 1) and not memory_mib
 
     def arguments(self):
         if self.counted:
@@ -97,7 +96,8 @@ class Machine:
         self.sockets, theirs = {}, {}
         for name in (*PORTS, "qmp"):
             self.sockets[name], theirs[name] = socket.socketpair()
-        arguments = [f"{images}/qemu", *base_arguments(images, shape), *disk, *stage_arguments(stage_fd)]
+        arguments = [f"{images}/qemu/qemu-system-x86_64", *base_arguments(images, shape), *disk,
+                     *stage_arguments(stage_fd)]
         for slot in range(SHARE_SLOTS):
             arguments += share_arguments(slot, shares[slot] if slot < len(shares) else None, images)
         for name, end in theirs.items():
@@ -184,7 +184,8 @@ class Machine:
 
 def base_arguments(images, shape):
     arguments = ["-M", "q35", *shape.arguments(), "-nodefaults", "-no-user-config", "-display", "none",
-                 *(word for path in FIRMWARE for word in ("-L", path)),
+                 # QEMU is not where it was installed, so it has to be told where its firmware is.
+                 "-L", f"{images}/qemu/firmware",
                  "-no-reboot", "-kernel", f"{images}/kernel", "-initrd", f"{images}/initrd",
                  # tsc=reliable: no watchdog that moves the clock to a slow timer when this machine is busy.
                  # oops=panic: a lab that is damaged ends.
@@ -241,7 +242,7 @@ def make_stage(repo):
 
 def saved_state(images, shape):
     """The directory of this shape's saved state, made if it is not there yet."""
-    version = subprocess.run([f"{images}/qemu", "--version"], check=True, capture_output=True).stdout
+    version = subprocess.run([f"{images}/qemu/qemu-system-x86_64", "--version"], check=True, capture_output=True).stdout
     with open(__file__, "rb") as source:
         key = hashlib.sha256(version + source.read() + repr(shape.arguments()).encode()).hexdigest()[:16]
     state = f"{images}/state-{key}"
@@ -255,8 +256,8 @@ def saved_state(images, shape):
         new = f"{state}.new"
         shutil.rmtree(new, ignore_errors=True)
         os.mkdir(new)
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", f"{images}/root.img",
-                        f"{new}/disk.qcow2"], check=True)
+        subprocess.run([f"{images}/qemu/qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw",
+                        "-b", f"{images}/root.img", f"{new}/disk.qcow2"], check=True)
         with tempfile.TemporaryFile() as stage:
             stage.truncate(STAGE_DISK_BYTES)
             machine = Machine(images, shape, disk_arguments(f"{new}/disk.qcow2", "qcow2", throw_away=False), [],

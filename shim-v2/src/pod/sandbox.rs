@@ -21,6 +21,10 @@ use crate::process::Exit;
 use crate::spec;
 use crate::vm::Guest;
 
+/// What containerd sets for every pod of which it makes the specification itself: low ports and ping are for every user.
+const SYSCTLS: [(&str, &str); 2] =
+    [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
+
 /// A sandbox to be created.
 #[derive(Debug, Default)]
 pub(crate) struct CreateSandbox {
@@ -254,9 +258,12 @@ impl Sandbox {
         };
         let mut notes = config.annotations;
         notes.extend(request.annotations);
+        let mut sysctls: HashMap<String, String> =
+            SYSCTLS.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        sysctls.extend(spec::with_dots(&linux.sysctls));
         let guest = Guest {
             hostname: if config.hostname.is_empty() { short(&request.id) } else { config.hostname },
-            sysctls: spec::with_dots(&linux.sysctls),
+            sysctls,
             size: annotations::size(&notes, limits, settings)?,
             network_namespace: (!netns.is_empty()).then(|| netns.into()),
         };
@@ -357,8 +364,12 @@ mod tests {
         let sandbox = made(config(|config| {
             let linux = config.linux.mut_or_insert_default();
             linux.sysctls.insert("net/ipv4/tcp_syncookies".into(), "0".into());
+            linux.sysctls.insert("net.ipv4.ip_unprivileged_port_start".into(), "1024".into());
         }));
-        assert_eq!(sandbox.unwrap().guest.sysctls["net.ipv4.tcp_syncookies"], "0");
+        let sysctls = sandbox.unwrap().guest.sysctls;
+        assert_eq!(sysctls["net.ipv4.tcp_syncookies"], "0");
+        assert_eq!(sysctls["net.ipv4.ip_unprivileged_port_start"], "1024", "the pod's word counts");
+        assert!(sysctls.contains_key("net.ipv4.ping_group_range"));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use containerd_shim_protos::api::ConnectRequest;
 use containerd_shim_protos::sandbox_api::PlatformRequest;
 
 use super::*;
@@ -195,6 +196,97 @@ fn streams_fifo_that_nobody_reads_holds_nothing_up_but_its_process() {
 
         let missing = CreateTaskRequest { stdout: "/no/such/fifo".into(), ..create("one", &bundle) };
         assert!(refused(tasks.create(patience(), &missing).await).1.contains("/no/such/fifo"));
+        shim.end().await;
+    });
+}
+
+#[test]
+fn task_create_goes_on_when_its_client_vanishes() {
+    run(async {
+        let (shim, _) = Shim::shared().await;
+        let (other, _) = Shim::shared().await;
+        let request = create("vanished", &shim.bundle("vanished", &["/bin/sleep", "1000"]));
+        {
+            let (tasks, connect) = (other.tasks(), ConnectRequest::new());
+            let mut creating = Box::pin(tasks.create(patience(), &request));
+            tokio::select! {
+                biased;
+                created = &mut creating => drop(created.unwrap()),
+                // Asked for after it on the same connection: the shim has both requests when it answers.
+                answer = tasks.connect(patience(), &connect) => drop(answer.unwrap()),
+            }
+        }
+        drop(other);
+        let mut state = shim.state("vanished", "").await;
+        while let Err(error) = state {
+            assert_eq!(refused::<()>(Err(error)).0, Code::NOT_FOUND);
+            state = shim.state("vanished", "").await;
+        }
+        assert_eq!(shim.status("vanished", "").await, Status::CREATED);
+        shim.start_task("vanished", "").await.unwrap();
+        shim.remove_task("vanished").await;
+    });
+}
+
+/// A file system of 64 KiB; unmounted when dropped.
+struct Small(tempfile::TempDir);
+
+impl Small {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"]).arg(dir.path()).status();
+        assert!(mounted.unwrap().success());
+        Self(dir)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").args(["--lazy"]).arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn binary_start_on_a_full_disk_says_so_and_leaves_nothing() {
+    let disk = Small::new();
+    let mut filler = File::create(disk.0.path().join("filler")).unwrap();
+    assert_eq!(filler.write_all(&[0; 1 << 20]).unwrap_err().kind(), std::io::ErrorKind::StorageFull);
+    let output = start_by_message("full", disk.0.path(), NOBODY);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && output.stdout.is_empty(), "{said}");
+    assert!(said.contains("No space left"), "{said}");
+    let shims = fixture::containerd::processes("containerd-shim-hull-v2");
+    assert!(!shims.iter().any(|(_, words)| words.iter().any(|word| word == "full")), "{shims:?}");
+    let left: Vec<_> = std::fs::read_dir(disk.0.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let sockets = left.iter().filter(|name| name.len() == 64).count();
+    assert_eq!(sockets, 0, "{left:?}");
+}
+
+#[test]
+fn streams_file_on_a_full_disk_holds_nothing_up() {
+    let disk = Small::new();
+    run(async {
+        let (shim, _) = Shim::with_sandbox("full").await;
+        let out = disk.0.path().join("out");
+        let stdout = format!("file://{}", out.display());
+        let request = CreateTaskRequest {
+            stdout,
+            ..create("one", &shim.bundle("one", &["/bin/sh", "-c", "while echo line; do :; done; sleep 1000"]))
+        };
+        shim.tasks().create(patience(), &request).await.unwrap();
+        shim.start_task("one", "").await.unwrap();
+        eventually("the disk is full", || match std::fs::metadata(&out).unwrap().len() {
+            65_536 => Ok(()),
+            length => Err(length.to_string()),
+        });
+        // Whatever the program makes of it, others go on, and it can be ended.
+        shim.run("two", "exit 5").await;
+        assert_eq!(shim.wait_task("two", "").await, 5);
+        let _ = shim.kill("one", "", Signal::SIGKILL).await;
+        let exit = shim.wait_task("one", "").await;
+        assert!(exit == 137 || exit == 128 + Signal::SIGPIPE as u32, "{exit}");
+        shim.delete_task("one", "").await.unwrap();
+        shim.delete_task("two", "").await.unwrap();
         shim.end().await;
     });
 }

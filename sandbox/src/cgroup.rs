@@ -2,8 +2,12 @@
 //!
 //! No limit is set here. Whoever made the cgroup above has limited the pod as a whole.
 
+use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Where version 2 is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -95,6 +99,25 @@ impl Cgroup {
             }
             _ => {}
         }
+    }
+
+    /// Removes the cgroup of processes that have been killed, and waits for the last of them for at most `limit`: the kernel takes
+    /// its time over the memory of a VMM.
+    pub fn remove_killed(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        // Opened before the look at what is in it, so that no change is missed.
+        while let Ok(events) = File::open(self.0.join("cgroup.events")) {
+            let populated = std::io::read_to_string(&events).is_ok_and(|text| text.contains("populated 1"));
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !populated || left.is_zero() {
+                break;
+            }
+            let left = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
+            if poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&left)).is_err() {
+                break;
+            }
+        }
+        self.remove();
     }
 
     /// Whether the kernel has killed a process in it for want of memory.

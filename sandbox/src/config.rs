@@ -1,5 +1,6 @@
 //! What a caller wants of a sandbox, checked once.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use hull_vmm_api::config::{MAX_CPUS, MAX_MEMORY_MIB};
@@ -24,6 +25,8 @@ pub struct SandboxConfig {
     pub memory_mib: u64,
     /// The guest's host name.
     pub hostname: String,
+    /// Sysctls of the guest as a whole, by name with dots.
+    pub sysctls: HashMap<String, String>,
     /// Words added to the end of the kernel's command line.
     pub kernel_params: String,
     /// Where its network comes from.
@@ -146,6 +149,7 @@ mod tests {
             max_cpus: 1,
             memory_mib: 128,
             hostname: "a".into(),
+            sysctls: HashMap::new(),
             kernel_params: String::new(),
             network: Network::None,
             boot_timeout: Duration::from_secs(30),

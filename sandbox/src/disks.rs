@@ -112,11 +112,10 @@ impl Disks {
             added.users.insert(container.to_owned());
             return Ok(added.guest.clone());
         }
-        let file = open(device).map_err(|source| DiskError::Open { device, source })?;
+        let (file, read_only) = open(device).map_err(|source| DiskError::Open { device, source })?;
         let id = format!("disk{}", self.made);
         self.made += 1;
-        let disk =
-            DiskConfig { id: id.clone(), file: Resource::Attached(0), read_only: device.read_only, serial: None };
+        let disk = DiskConfig { id: id.clone(), file: Resource::Attached(0), read_only, serial: None };
         let failed = |source| DiskError::Control { device, source };
         let response = self.call(Request::AddDisk(disk), Some(file)).await.map_err(failed)?;
         let Response::Added { pci_address } = response else {
@@ -185,18 +184,21 @@ impl Disks {
     }
 }
 
-/// Opens the node of a device: the kernel makes one for each, under a name that sysfs knows.
-fn open(device: HostDevice) -> io::Result<OwnedFd> {
+/// Opens the node of a device: the kernel makes one for each, under a name that sysfs knows. Says too whether it can only be
+/// read: one that is read-only itself may be opened for writing all the same, and each write would be an I/O error to the guest.
+fn open(device: HostDevice) -> io::Result<(OwnedFd, bool)> {
     let uevent = std::fs::read_to_string(format!("/sys/dev/block/{device}/uevent"))?;
     let name = device_name(&uevent).ok_or(io::ErrorKind::NotFound)?;
-    let file = File::options().read(true).write(!device.read_only).open(Path::new("/dev").join(name))?;
+    let is_read_only = std::fs::read_to_string(format!("/sys/dev/block/{device}/ro"))?.trim() != "0";
+    let read_only = device.read_only || is_read_only;
+    let file = File::options().read(true).write(!read_only).open(Path::new("/dev").join(name))?;
     let metadata = file.metadata()?;
     let number = metadata.rdev();
     let is_it = (rustix::fs::major(number), rustix::fs::minor(number)) == (device.major, device.minor);
     if !metadata.file_type().is_block_device() || !is_it {
         return Err(io::Error::new(io::ErrorKind::NotFound, format!("/dev/{name} is another device")));
     }
-    Ok(file.into())
+    Ok((file.into(), read_only))
 }
 
 fn device_name(uevent: &str) -> Option<&str> {

@@ -269,7 +269,7 @@ impl Booting {
         let network = self.parts.network.as_ref().map(|network| network.description().clone());
         let configured = tokio::select! {
             biased;
-            agent = configure_guest(&self.sockets.vsock, &self.config.hostname, network, &self.caching) => agent,
+            agent = configure_guest(&self.sockets.vsock, &self.config, network, &self.caching) => agent,
             ended = vmm.wait() => Err(ended.into()),
         };
         match configured {
@@ -285,7 +285,7 @@ impl Booting {
 
 async fn configure_guest(
     socket: &Path,
-    hostname: &str,
+    config: &SandboxConfig,
     network: Option<wire::Network>,
     caching: &[Caching],
 ) -> Result<(Agent, u64), SandboxError> {
@@ -303,7 +303,8 @@ async fn configure_guest(
         });
     let storages = storages.collect();
     let request = CreateSandboxRequest {
-        hostname: hostname.to_owned(),
+        hostname: config.hostname.clone(),
+        sysctls: config.sysctls.clone(),
         time_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
         entropy,
         storages,

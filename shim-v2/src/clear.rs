@@ -1,7 +1,7 @@
 //! `delete`: clears what a dead shim has left. Everything here may have been done before.
 
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::DeleteResponse;
 use hull_sandbox::cgroup::Cgroup;
@@ -19,6 +19,9 @@ use crate::{Trouble, launch, spec, vm};
 /// How long a shim may take to end by itself, of the 5 s that containerd gives for all of this.
 const EXIT_GRACE_SECONDS: i64 = 2;
 
+/// How long its processes may take to be gone after that.
+const CGROUP_GRACE: Duration = Duration::from_secs(2);
+
 /// Clears up after a container's shim and returns what is to be printed.
 pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>, Trouble> {
     let bundle = std::env::current_dir()?;
@@ -34,7 +37,7 @@ pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>, Trouble> {
         vm::sweep(&host)?;
         let cgroup = spec::read(&bundle).ok().and_then(|spec| spec::cgroup(&spec));
         if let Some(Ok(cgroup)) = cgroup.map(|path| Cgroup::at(&path)) {
-            cgroup.remove();
+            cgroup.remove_killed(CGROUP_GRACE);
         }
     }
     // Hull mounts in namespaces of its own; this is for what others may have mounted for it.

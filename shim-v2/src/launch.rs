@@ -46,14 +46,18 @@ pub(crate) fn start(flags: &Flags) -> Result<Vec<u8>, Trouble> {
     Settings::load()?;
     let socket = start.socket_path(&flags.namespace, &flags.id);
     let listener = listen(&socket)?;
-    std::fs::write(bundle.join(SOCKET_FILE), &socket)?;
-    match spawn(flags, &start, &bundle, listener) {
+    match note(&bundle.join(SOCKET_FILE), &socket).and_then(|()| spawn(flags, &start, &bundle, listener)) {
         Ok(()) => Ok(start.answer(&socket)),
         Err(error) => {
             let _ = std::fs::remove_file(&socket);
             Err(error)
         }
     }
+}
+
+/// Writes down what `delete` goes by.
+fn note(path: &Path, text: &str) -> Result<(), Trouble> {
+    std::fs::write(path, text).map_err(|error| format!("cannot write {}: {error}", path.display()).into())
 }
 
 /// Listens at `path`, where a dead shim may have left its socket.
@@ -94,7 +98,7 @@ fn spawn(flags: &Flags, start: &Start, bundle: &Path, listener: UnixListener) ->
         command.arg("-debug");
     }
     let mut child = command.spawn()?;
-    let noted = std::fs::write(bundle.join(PID_FILE), child.id().to_string()).map_err(Trouble::from);
+    let noted = note(&bundle.join(PID_FILE), &child.id().to_string());
     if let Err(error) = noted.and_then(|()| Ok(set_oom_score(child.id())?)) {
         child.kill()?;
         child.wait()?;

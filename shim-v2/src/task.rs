@@ -57,7 +57,7 @@ impl Task for TaskService {
 
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
         if !request.checkpoint.is_empty() {
-            return Err(Error::Unsupported("a container cannot be created from a checkpoint".into()).into());
+            return Err(Error::Invalid("a container cannot be created from a checkpoint".into()).into());
         }
         let create = Create {
             id: request.id,
@@ -71,7 +71,11 @@ impl Task for TaskService {
             },
         };
         let pod = self.0.clone();
-        let pid = detached(async move { pod.create(create).await }).await?;
+        let pid = detached(async move { pod.create(create).await }).await.map_err(|error| match error {
+            // UNIMPLEMENTED would make containerd go back to the version before, as if the method were not there.
+            Error::Unsupported(what) => Error::Invalid(what),
+            error => error,
+        })?;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 

@@ -4,7 +4,8 @@
 //! boot ──▶ kept by the task ──stop, or its own end──▶ gone, with the reason
 //! ```
 
-use std::path::Path;
+use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,14 +34,23 @@ enum Job {
     Stop,
 }
 
+/// What a pod's guest is to be.
+#[derive(Clone, Debug)]
+pub(crate) struct Guest {
+    pub(crate) hostname: String,
+    /// By name with dots.
+    pub(crate) sysctls: HashMap<String, String>,
+    pub(crate) size: Size,
+    /// The pod's on the host; without one the guest has no interface.
+    pub(crate) network_namespace: Option<PathBuf>,
+}
+
 /// What a VM is to be.
 pub(crate) struct Boot<'a> {
     pub(crate) host: Host,
     /// Among Hull's sandboxes.
     pub(crate) name: String,
-    pub(crate) hostname: String,
-    pub(crate) size: Size,
-    pub(crate) network_namespace: Option<&'a Path>,
+    pub(crate) guest: &'a Guest,
     pub(crate) timeout: Duration,
 }
 
@@ -68,15 +78,17 @@ impl Vm {
     ///
     /// Fails with whatever kept it from coming up; nothing is left behind then.
     pub(crate) async fn boot<T>(boot: Boot<'_>, prepare: impl FnOnce(&Share) -> Result<T>) -> Result<(Self, T)> {
-        let network = boot.network_namespace.map_or(Network::None, |path| Network::Namespace(path.to_owned()));
+        let Guest { hostname, sysctls, size, network_namespace } = boot.guest.clone();
+        let network = network_namespace.map_or(Network::None, Network::Namespace);
         let config = SandboxConfig {
             id: boot.name,
             name: None,
-            cpus: boot.size.cpus,
-            max_cpus: boot.size.max_cpus,
-            memory_mib: boot.size.memory_mib,
-            hostname: boot.hostname,
-            kernel_params: boot.size.kernel_params,
+            cpus: size.cpus,
+            max_cpus: size.max_cpus,
+            memory_mib: size.memory_mib,
+            hostname,
+            sysctls,
+            kernel_params: size.kernel_params,
             network,
             boot_timeout: boot.timeout,
         };
@@ -243,7 +255,7 @@ pub(crate) fn sweep(host: &Host) -> Result<()> {
 ///
 /// Fails where the state directory cannot be used.
 pub(crate) fn wait_for_owner(host: &Host, name: &str) -> Result<()> {
-    let sandboxes = Registry::new(&host.state_dir, Path::new(&host.data_dir));
+    let sandboxes = Registry::new(&host.state_dir, std::path::Path::new(&host.data_dir));
     sandboxes.wait_for_owner(name).map_err(|error| Error::Sandbox(error.into()))
 }
 

@@ -1,4 +1,5 @@
-//! Hull as containerd's runtime, driven by `ctr`. Each test is for a row of what containerd expects of a shim.
+//! Hull as containerd's runtime, driven by `ctr`. Each test is for a row of what containerd expects of a shim, and its
+//! name begins with the row's; `contract` has those that `ctr` cannot drive.
 
 use std::io::{BufRead, BufReader};
 
@@ -22,7 +23,7 @@ fn assert_nothing_left(id: &str) {
 }
 
 #[test]
-fn binary_answers_version_and_info_and_prints_nothing_else() {
+fn binary_info_and_version_print_nothing_else() {
     let shim = |flag: &str| {
         let mut command = std::process::Command::new("containerd-shim-hull-v2");
         Said::new(command.arg(flag).stdin(std::process::Stdio::null()).output().unwrap())
@@ -32,7 +33,7 @@ fn binary_answers_version_and_info_and_prints_nothing_else() {
 }
 
 #[test]
-fn create_boots_a_vm_and_start_runs_the_program_in_it() {
+fn task_create_boots_a_vm_and_start_runs_the_program_in_it() {
     let host = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     let guest = run_script("created", [], "uname -r").ok();
     assert_ne!(guest, host.trim());
@@ -40,7 +41,7 @@ fn create_boots_a_vm_and_start_runs_the_program_in_it() {
 }
 
 #[test]
-fn create_refuses_what_is_the_hosts_and_names_it() {
+fn task_create_refuses_what_is_the_hosts_and_names_it() {
     let said = run_script("hostnet", ["--net-host"], "true");
     assert_ne!(said.code, 0);
     assert!(said.stderr.contains("hostNetwork") && said.stderr.contains("invalid argument"), "{}", said.stderr);
@@ -48,7 +49,7 @@ fn create_refuses_what_is_the_hosts_and_names_it() {
 }
 
 #[test]
-fn create_names_a_program_that_is_not_there() {
+fn task_create_names_a_program_that_is_not_there() {
     let said = ctr(["run", "--rm", "--runtime", RUNTIME, BUSYBOX, "noprogram", "/no/such/program"]);
     assert_ne!(said.code, 0);
     assert!(said.stderr.contains("/no/such/program"), "{}", said.stderr);
@@ -56,7 +57,7 @@ fn create_names_a_program_that_is_not_there() {
 }
 
 #[test]
-fn create_names_a_mount_source_that_vanished() {
+fn task_create_names_a_mount_source_that_vanished() {
     let mount = "type=bind,src=/no/such/source,dst=/data,options=rbind:ro";
     let said = run_script("nosource", ["--mount", mount], "true");
     assert_ne!(said.code, 0);
@@ -65,12 +66,12 @@ fn create_names_a_mount_source_that_vanished() {
 }
 
 #[test]
-fn create_starts_with_a_limit_of_16_mib() {
+fn task_create_starts_with_a_limit_of_16_mib() {
     assert_eq!(run_script("tiny", ["--memory-limit", "16777216"], "echo fits").ok(), "fits");
 }
 
 #[test]
-fn wait_answers_the_exit_status() {
+fn task_wait_answers_the_exit_status() {
     assert_eq!(run_script("status", [], "exit 7").code, 7);
     let task = Task::start("signalled", [], "sleep 1000");
     ctr(["task", "kill", "-s", "KILL", "signalled"]).ok();
@@ -79,7 +80,7 @@ fn wait_answers_the_exit_status() {
 }
 
 #[test]
-fn streams_carry_every_byte_in_both_directions() {
+fn streams_fifo_carries_every_byte_in_both_directions() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("input");
     let bytes: Vec<u8> = (0..8_000_000_u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
@@ -90,7 +91,7 @@ fn streams_carry_every_byte_in_both_directions() {
 }
 
 #[test]
-fn exec_runs_beside_the_first_process_with_its_own_streams_and_status() {
+fn task_exec_runs_beside_the_first_process_with_its_own_streams_and_status() {
     let task = Task::start("execs", [], "sleep 1000");
     let said = task.exec("one", "echo out; echo err >&2; exit 3");
     assert_eq!((said.code, said.text().as_str()), (3, "out\n"));
@@ -103,7 +104,7 @@ fn exec_runs_beside_the_first_process_with_its_own_streams_and_status() {
 }
 
 #[test]
-fn exec_in_a_stopped_container_is_a_failed_precondition() {
+fn task_exec_in_a_stopped_container_is_a_failed_precondition() {
     let task = Task::start("stopped", [], "exit 0");
     while task.listed().is_some_and(|(_, state)| state != "STOPPED") {}
     let said = task.exec("late", "true");
@@ -111,7 +112,7 @@ fn exec_in_a_stopped_container_is_a_failed_precondition() {
 }
 
 #[test]
-fn kill_passes_signals_on_and_knows_what_has_ended() {
+fn task_kill_passes_signals_on_and_knows_what_has_ended() {
     let task = Task::start("killed", [], "trap 'exit 9' TERM; while :; do sleep 0.2; done");
     ctr(["task", "kill", "-s", "TERM", "killed"]).ok();
     while task.listed().is_some_and(|(_, state)| state != "STOPPED") {}
@@ -122,7 +123,7 @@ fn kill_passes_signals_on_and_knows_what_has_ended() {
 }
 
 #[test]
-fn pids_and_state_are_told_and_the_pid_is_alive() {
+fn task_pids_and_state_are_told_and_the_pid_is_alive() {
     let task = Task::start("listed", [], "sleep 1000");
     let (pid, state) = task.listed().unwrap();
     assert_eq!(state, "RUNNING");
@@ -131,7 +132,7 @@ fn pids_and_state_are_told_and_the_pid_is_alive() {
 }
 
 #[test]
-fn pause_and_resume_freeze_and_thaw() {
+fn task_pause_resume_freeze_and_thaw() {
     let task = Task::start("paused", [], "sleep 1000");
     ctr(["task", "pause", "paused"]).ok();
     assert_eq!(task.listed().unwrap().1, "PAUSED");
@@ -141,14 +142,14 @@ fn pause_and_resume_freeze_and_thaw() {
 }
 
 #[test]
-fn checkpoint_is_not_implemented() {
+fn task_checkpoint_is_not_implemented() {
     let _task = Task::start("checkpoint", [], "sleep 1000");
     let said = ctr(["task", "checkpoint", "checkpoint"]);
     assert!(said.code != 0 && said.stderr.contains("not implemented"), "{}", said.stderr);
 }
 
 #[test]
-fn stats_are_those_of_cgroups_version_2() {
+fn task_stats_are_those_of_cgroups_version_2() {
     let _task = Task::start("stats", ["--memory-limit", "33554432"], "sleep 1000");
     let said = ctr(["task", "metrics", "stats"]).ok();
     let value = |name: &str| {
@@ -160,7 +161,7 @@ fn stats_are_those_of_cgroups_version_2() {
 }
 
 #[test]
-fn events_come_in_order() {
+fn events_order_is_kept() {
     let mut events = spawn_ctr(["events"]);
     let mut lines = BufReader::new(events.stdout.take().unwrap()).lines();
     run_script("ordered", [], "true").ok();
@@ -177,7 +178,7 @@ fn events_come_in_order() {
 }
 
 #[test]
-fn oom_is_told_and_counted() {
+fn events_oom_is_told_and_counted() {
     let mut events = spawn_ctr(["events"]);
     let mut lines = BufReader::new(events.stdout.take().unwrap()).lines();
     let script = "dd if=/dev/zero of=/dev/shm/filled bs=1M count=60; sleep 1000";
@@ -191,7 +192,7 @@ fn oom_is_told_and_counted() {
 }
 
 #[test]
-fn delete_leaves_nothing() {
+fn task_delete_leaves_nothing() {
     let task = Task::start("deleted", [], "sleep 1000");
     task.remove();
     assert!(task.listed().is_none());
@@ -199,7 +200,7 @@ fn delete_leaves_nothing() {
 }
 
 #[test]
-fn the_death_of_the_shim_leaves_nothing() {
+fn binary_delete_leaves_nothing_of_a_shim_that_died() {
     let task = Task::start("orphan", [], "sleep 1000");
     let (vmm, _) = task.listed().unwrap();
     let shim = task.shim();
@@ -211,7 +212,7 @@ fn the_death_of_the_shim_leaves_nothing() {
 }
 
 #[test]
-fn the_death_of_the_vmm_is_told_as_a_kill() {
+fn task_wait_tells_the_death_of_the_vmm_as_a_kill() {
     let task = Task::start("doomed", [], "sleep 1000");
     let (vmm, _) = task.listed().unwrap();
     kill(Pid::from_raw(vmm), Signal::SIGKILL).unwrap();

@@ -3,6 +3,8 @@
 //! `lab/run --containerd` and `--containerd=2` have what these need; see `tests/run`.
 
 mod block;
+mod restart;
+mod semantics;
 mod streaming;
 mod volumes;
 

@@ -1,5 +1,6 @@
 //! `hull run`: a program from an image in a new virtual machine.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::process::Stdio;
@@ -140,6 +141,7 @@ fn plan(args: Run, host: Host, settings: &Settings) -> Result<Prepared, Error> {
         max_cpus: cpus,
         memory_mib,
         hostname: hostname.clone(),
+        sysctls: HashMap::new(),
         kernel_params,
         network: parse_network(&args.net, &args.publish)?,
         boot_timeout: Duration::from_secs(args.boot_timeout),

@@ -1,5 +1,6 @@
 //! Creates a container: in a VM of its own, in one that is there, or as the VM itself.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,14 +18,14 @@ use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 
 use super::{Container, Pod, cpus};
-use crate::annotations::{self, Limits, Role, Size};
+use crate::annotations::{self, Limits, Role};
 use crate::error::{Error, Result};
 use crate::live::{Followers, LiveVolume};
 use crate::memory::MemoryVolumes;
 use crate::process::{Body, Exit, Process};
 use crate::spec;
 use crate::streams::{Ends, Pumps, Stdio};
-use crate::vm::{Boot, Vm, sandbox_name};
+use crate::vm::{Boot, Guest, Vm, sandbox_name};
 
 /// Longest host name that Linux takes.
 const MAX_HOSTNAME_BYTES: usize = 64;
@@ -108,6 +109,9 @@ impl Pod {
             return Err(Error::Exists(format!("the pod {} has a virtual machine already", self.id)));
         }
         spec::check_host_namespaces(&spec, self.settings.pod.host_namespaces.value)?;
+        if is_sandbox && spec::has_user_namespace(&spec) {
+            return Err(spec::user_namespace_wanted());
+        }
         let notes = spec.annotations().clone().unwrap_or_default();
         let limits = if is_sandbox { Limits::of_sandbox(&notes)? } else { own_limits(&spec) };
         let size = annotations::size(&notes, limits, &self.settings)?;
@@ -118,10 +122,13 @@ impl Pod {
         let hostname = spec.hostname().clone().unwrap_or_default();
         let mut hostname = if hostname.is_empty() { self.id.clone() } else { hostname };
         hostname.truncate(hostname.floor_char_boundary(MAX_HOSTNAME_BYTES));
+        // Those of a container that is no sandbox are set with it.
+        let sysctls = if is_sandbox { spec::sysctls(&spec) } else { HashMap::new() };
+        let guest = Guest { hostname, sysctls, size, network_namespace };
         self.join_cgroup(spec::cgroup(&spec).as_deref())?;
         let plan = Plan::new(request, self.memory_volumes.clone());
         let prepare = |share: &Share| if is_sandbox { Ok(None) } else { plan.prepare(share, spec).map(Some) };
-        let booted = self.boot(&hostname, size.clone(), network_namespace.as_deref(), prepare).await;
+        let booted = self.boot(&guest, prepare).await;
         if booted.is_err() {
             self.stop_vm().await;
         }
@@ -135,7 +142,7 @@ impl Pod {
         };
         match process {
             Ok(process) => {
-                self.adopt(vm, size, network_namespace);
+                self.adopt(vm, guest);
                 Ok(process)
             }
             Err(error) => {
@@ -147,31 +154,23 @@ impl Pod {
     }
 
     /// Boots the pod's VM, and has `prepare` fill the tree that the guest sees meanwhile.
-    pub(super) async fn boot<T>(
-        &self,
-        hostname: &str,
-        size: Size,
-        network_namespace: Option<&Path>,
-        prepare: impl FnOnce(&Share) -> Result<T>,
-    ) -> Result<(Vm, T)> {
+    pub(super) async fn boot<T>(&self, guest: &Guest, prepare: impl FnOnce(&Share) -> Result<T>) -> Result<(Vm, T)> {
         let boot = Boot {
             host: self.host.clone(),
             name: sandbox_name(&self.namespace, &self.id),
-            hostname: hostname.to_owned(),
-            size,
-            network_namespace,
+            guest,
             timeout: Duration::from_secs(self.settings.pod.boot_timeout_s.value.get()),
         };
         Vm::boot(boot, prepare).await
     }
 
     /// Takes a VM that has come up for the pod's.
-    pub(super) fn adopt(self: &Arc<Self>, vm: Vm, size: Size, network_namespace: Option<PathBuf>) {
+    pub(super) fn adopt(self: &Arc<Self>, vm: Vm, guest: Guest) {
         {
             let mut state = self.lock();
             state.vm = Some(vm.clone());
-            state.size = Some(size);
-            state.network_namespace = network_namespace;
+            state.size = Some(guest.size);
+            state.network_namespace = guest.network_namespace;
         }
         tokio::spawn(self.clone().follow_events(vm));
     }

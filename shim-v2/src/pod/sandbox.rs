@@ -5,7 +5,6 @@
 //! ```
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -15,11 +14,16 @@ use protobuf::{Message, MessageField};
 use tokio::sync::watch;
 
 use super::Pod;
-use crate::annotations::{self, Limits, Size};
+use crate::annotations::{self, Limits};
 use crate::error::{Error, Result};
 use crate::generated::cri::{NamespaceMode, PodSandboxConfig};
 use crate::process::Exit;
 use crate::spec;
+use crate::vm::Guest;
+
+/// What containerd sets for every pod of which it makes the specification itself: low ports and ping are for every user.
+const SYSCTLS: [(&str, &str); 2] =
+    [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
 
 /// A sandbox to be created.
 #[derive(Debug, Default)]
@@ -35,11 +39,9 @@ pub(crate) struct CreateSandbox {
 /// A sandbox that has been created.
 #[derive(Debug)]
 pub(super) struct Sandbox {
-    size: Size,
-    hostname: String,
+    guest: Guest,
     /// As an OCI specification has it.
     cgroup: Option<String>,
-    network_namespace: Option<PathBuf>,
     created_at: SystemTime,
     phase: watch::Sender<Phase>,
 }
@@ -87,22 +89,17 @@ impl Pod {
         self.check_sandbox_id(id)?;
         let _lifecycle = self.lifecycle.lock().await;
         let wish = self.with_sandbox(|sandbox| match *sandbox.phase.borrow() {
-            Phase::Created => Ok((
-                sandbox.size.clone(),
-                sandbox.hostname.clone(),
-                sandbox.network_namespace.clone(),
-                sandbox.cgroup.clone(),
-            )),
+            Phase::Created => Ok((sandbox.guest.clone(), sandbox.cgroup.clone())),
             _ => Err(Error::State(format!("the sandbox {id} has been started already"))),
         })?;
-        let (size, hostname, network_namespace, cgroup) = wish?;
+        let (guest, cgroup) = wish?;
         self.join_cgroup(cgroup.as_deref())?;
-        let booted = self.boot(&hostname, size.clone(), network_namespace.as_deref(), |_| Ok(())).await;
+        let booted = self.boot(&guest, |_| Ok(())).await;
         if booted.is_err() {
             self.stop_vm().await;
         }
         let (vm, ()) = booted?;
-        self.adopt(vm.clone(), size, network_namespace);
+        self.adopt(vm.clone(), guest);
         self.with_sandbox(|sandbox| sandbox.phase.send_replace(Phase::Ready))?;
         let pod = self.clone();
         tokio::spawn(async move {
@@ -236,6 +233,9 @@ impl Sandbox {
             .map_err(|error| Error::Invalid(format!("the sandbox's configuration is broken: {error}")))?;
         let linux = config.linux.get_or_default();
         let modes = linux.security_context.get_or_default().namespace_options.get_or_default();
+        if modes.userns_options.get_or_default().mode == NamespaceMode::POD.into() && modes.userns_options.is_some() {
+            return Err(spec::user_namespace_wanted());
+        }
         for (mode, name) in [
             (modes.network, "network (hostNetwork)"),
             (modes.pid, "processes (hostPID)"),
@@ -258,11 +258,18 @@ impl Sandbox {
         };
         let mut notes = config.annotations;
         notes.extend(request.annotations);
-        Ok(Self {
-            size: annotations::size(&notes, limits, settings)?,
+        let mut sysctls: HashMap<String, String> =
+            SYSCTLS.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        sysctls.extend(spec::with_dots(&linux.sysctls));
+        let guest = Guest {
             hostname: if config.hostname.is_empty() { short(&request.id) } else { config.hostname },
-            cgroup: cgroup_below(&linux.cgroup_parent, &request.id),
+            sysctls,
+            size: annotations::size(&notes, limits, settings)?,
             network_namespace: (!netns.is_empty()).then(|| netns.into()),
+        };
+        Ok(Self {
+            guest,
+            cgroup: cgroup_below(&linux.cgroup_parent, &request.id),
             created_at: SystemTime::now(),
             phase: watch::Sender::new(Phase::Created),
         })
@@ -318,8 +325,8 @@ mod tests {
             linux.resources.mut_or_insert_default().memory_limit_in_bytes = 1 << 30;
         }));
         let sandbox = sandbox.unwrap();
-        assert_eq!(sandbox.hostname, "web");
-        assert!(sandbox.size.memory_mib > 1024);
+        assert_eq!(sandbox.guest.hostname, "web");
+        assert!(sandbox.guest.size.memory_mib > 1024);
     }
 
     #[test]
@@ -337,6 +344,32 @@ mod tests {
             context.namespace_options.mut_or_insert_default().pid = NamespaceMode::NODE.into();
         });
         assert!(made(request).unwrap_err().to_string().contains("hostPID"));
+    }
+
+    #[test]
+    fn a_user_namespace_of_the_pods_is_refused_by_name_and_the_nodes_is_not() {
+        let request = |mode: NamespaceMode| {
+            config(|config| {
+                let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+                let options = context.namespace_options.mut_or_insert_default();
+                options.userns_options.mut_or_insert_default().mode = mode.into();
+            })
+        };
+        assert!(made(request(NamespaceMode::POD)).unwrap_err().to_string().contains("hostUsers"));
+        made(request(NamespaceMode::NODE)).unwrap();
+    }
+
+    #[test]
+    fn sysctls_of_the_pod_are_the_guests() {
+        let sandbox = made(config(|config| {
+            let linux = config.linux.mut_or_insert_default();
+            linux.sysctls.insert("net/ipv4/tcp_syncookies".into(), "0".into());
+            linux.sysctls.insert("net.ipv4.ip_unprivileged_port_start".into(), "1024".into());
+        }));
+        let sysctls = sandbox.unwrap().guest.sysctls;
+        assert_eq!(sysctls["net.ipv4.tcp_syncookies"], "0");
+        assert_eq!(sysctls["net.ipv4.ip_unprivileged_port_start"], "1024", "the pod's word counts");
+        assert!(sysctls.contains_key("net.ipv4.ping_group_range"));
     }
 
     #[test]

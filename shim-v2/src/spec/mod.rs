@@ -4,9 +4,11 @@
 //! container shares with its pod is the guest's, and one that is new is new in the guest. Network is always the guest's.
 
 mod devices;
+mod hooks;
 mod mounts;
 mod resources;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use hull_settings::HostNamespaces;
@@ -45,6 +47,31 @@ pub(crate) fn check_host_namespaces(spec: &Spec, setting: HostNamespaces) -> Res
     ];
     let wanted = kinds.into_iter().filter(|(kind, _)| namespace(spec, *kind).is_none());
     wanted.map(|(_, name)| name).try_for_each(|name| host_namespace_wanted(name, setting))
+}
+
+/// What is said of a user namespace: the files of its containers have owners that only the node's kernel can map.
+pub(crate) fn user_namespace_wanted() -> Error {
+    Error::Invalid(
+        "a pod in a virtual machine has no user namespace of its own (hostUsers: false): its root is not the host's root \
+         anyway"
+            .into(),
+    )
+}
+
+/// Whether there is to be a user namespace of its own.
+pub(crate) fn has_user_namespace(spec: &Spec) -> bool {
+    namespace(spec, LinuxNamespaceType::User).is_some()
+}
+
+/// Sysctls, by name with dots.
+pub(crate) fn sysctls(spec: &Spec) -> HashMap<String, String> {
+    let sysctls = spec.linux().as_ref().and_then(|linux| linux.sysctl().as_ref());
+    sysctls.map(with_dots).unwrap_or_default()
+}
+
+/// Sysctls may be written as paths too.
+pub(crate) fn with_dots(sysctls: &HashMap<String, String>) -> HashMap<String, String> {
+    sysctls.iter().map(|(name, value)| (name.replace('/', "."), value.clone())).collect()
 }
 
 /// What becomes of a pod that wants the host's `name`.
@@ -89,11 +116,10 @@ fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<&LinuxNamespace> {
 /// Names what cannot be done in a guest.
 pub(crate) fn translate(mut spec: Spec, root: &str, mut place: impl FnMut(&Placed) -> Result<String>) -> Result<Spec> {
     if let Some(hooks) = spec.hooks() {
-        let any = [hooks.create_runtime(), hooks.create_container(), hooks.start_container(), hooks.poststart()];
-        if any.into_iter().chain([hooks.poststop()]).any(|list| list.as_ref().is_some_and(|list| !list.is_empty())) {
-            return Err(Error::Invalid("config.json has hooks: programs of the host do not exist in the guest".into()));
-        }
-        spec.set_hooks(None);
+        hooks::check(hooks)?;
+    }
+    if namespace(&spec, LinuxNamespaceType::User).is_some_and(|user| user.path().is_some()) {
+        return Err(user_namespace_wanted());
     }
     if let Some(spec_root) = spec.root_mut() {
         spec_root.set_path(root.into());
@@ -190,6 +216,18 @@ mod tests {
     }
 
     #[test]
+    fn a_user_namespace_of_the_pods_is_refused_and_a_containers_own_is_made_in_the_guest() {
+        let with = |user: Value| {
+            let mut spec = host_spec();
+            spec["linux"]["namespaces"].as_array_mut().unwrap().push(user);
+            translated(&spec)
+        };
+        let refused = with(json!({ "type": "user", "path": "/proc/7/ns/user" })).unwrap_err();
+        assert!(refused.to_string().contains("hostUsers"), "{refused}");
+        assert_eq!(with(json!({ "type": "user" })).unwrap()["linux"]["namespaces"][2], json!({ "type": "user" }));
+    }
+
+    #[test]
     fn a_container_of_its_own_keeps_its_name() {
         let mut spec = host_spec();
         spec["linux"]["namespaces"] = json!([{ "type": "mount" }, { "type": "uts" }]);
@@ -213,10 +251,12 @@ mod tests {
     }
 
     #[test]
-    fn programs_of_the_host_are_refused() {
+    fn hooks_of_the_container_are_the_guests_and_others_are_refused() {
         let mut spec = host_spec();
-        spec["hooks"] = json!({ "createRuntime": [{ "path": "/bin/true" }] });
-        assert!(translated(&spec).unwrap_err().to_string().contains("hooks"));
+        spec["hooks"] = json!({ "startContainer": [{ "path": "/bin/true" }] });
+        assert_eq!(translated(&spec).unwrap()["hooks"], spec["hooks"]);
+        spec["hooks"]["createRuntime"] = json!([{ "path": "/bin/true" }]);
+        assert!(translated(&spec).unwrap_err().to_string().contains("hooks.createRuntime"));
     }
 
     #[test]

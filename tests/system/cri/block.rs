@@ -15,9 +15,14 @@ struct Loop {
 
 impl Loop {
     fn new() -> Self {
+        Self::with("")
+    }
+
+    /// One that was made with an option of losetup(8).
+    fn with(option: &str) -> Self {
         let image = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
         image.as_file().set_len(4 << 20).unwrap();
-        let node = host(&format!("losetup --find --show {}", image.path().display())).trim().to_owned();
+        let node = host(&format!("losetup --find --show {option} {}", image.path().display())).trim().to_owned();
         Self { node, image }
     }
 
@@ -78,6 +83,34 @@ fn a_block_device_is_a_disk_of_the_guests_at_the_path_asked_for() {
         });
         let again = pod.run("again", "sleep 1000", |config| device(config, &disk.node, "/dev/data", "mr"));
         assert_eq!(again.exec("dd if=/dev/data bs=8 skip=512 count=1 2>/dev/null"), "inside02", "{handler}");
+        pod.end();
+    }
+}
+
+#[test]
+fn a_block_device_that_is_read_only_stays_so_whatever_the_container_may() {
+    for handler in handlers_and_runc() {
+        let disk = Loop::with("--read-only");
+        let pod = Pod::start(handler, |config| {
+            config.linux.mut_or_insert_default().security_context.mut_or_insert_default().privileged = true;
+        });
+        for (name, privileged, permissions) in
+            [("plain", false, "mrw"), ("privileged", true, "mrw"), ("reader", true, "mr")]
+        {
+            let container = pod.run(name, "sleep 1000", |config| {
+                config.linux.mut_or_insert_default().security_context.mut_or_insert_default().privileged = privileged;
+                device(config, &disk.node, "/dev/data", permissions);
+            });
+            assert_eq!(container.exec("head -c 4194304 /dev/data | wc -c"), "4194304", "{handler}: {name}");
+            // What a privileged container can do to have its way.
+            let script = "blockdev --setrw /dev/data 2>/dev/null; printf inside | dd of=/dev/data conv=fsync";
+            let refused = container.try_exec(script, 0).unwrap();
+            assert!(
+                ["not permitted", "Read-only", "denied"].iter().any(|word| refused.stderr.contains(word)),
+                "{handler}: {name}: {refused:?}"
+            );
+            assert_eq!(disk.read(0), [0; 8], "{handler}: {name}");
+        }
         pod.end();
     }
 }

@@ -3,7 +3,7 @@
 use fixture::cri::{Pod, STDIN, STDOUT, streaming_handler};
 
 #[test]
-fn streams_go_by_the_streaming_service_where_containerd_is_told_to() {
+fn streams_streaming_carries_all_where_containerd_is_told_to() {
     // containerd 1.7 does not have it.
     let Some(handler) = streaming_handler() else { return };
     let pod = Pod::start(handler, |_| {});

@@ -5,69 +5,13 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use containerd_shim_protos::api::{DeleteRequest, ExecProcessRequest, KillRequest, StateRequest};
-use containerd_shim_protos::protobuf::well_known_types::any::Any;
-use containerd_shim_protos::ttrpc::{Code, Error};
+use containerd_shim_protos::api::ConnectRequest;
+use containerd_shim_protos::sandbox_api::PlatformRequest;
 
 use super::*;
 
-/// What a refusal says: its code and its message.
-#[track_caller]
-fn refused<T: std::fmt::Debug>(answer: Result<T, Error>) -> (Code, String) {
-    match answer {
-        Err(Error::RpcStatus(status)) => (status.code.enum_value_or_default(), status.message),
-        other => panic!("not refused: {other:?}"),
-    }
-}
-
-fn create(id: &str, bundle: &Path) -> CreateTaskRequest {
-    CreateTaskRequest { id: id.into(), bundle: bundle.to_str().unwrap().into(), ..Default::default() }
-}
-
-fn change(bundle: &Path, change: impl FnOnce(&mut serde_json::Value)) {
-    let path = bundle.join("config.json");
-    let mut spec = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    change(&mut spec);
-    std::fs::write(path, spec.to_string()).unwrap();
-}
-
-impl Shim {
-    /// With its sandbox running; the process of its VM.
-    async fn with_sandbox(id: &str) -> (Self, u32) {
-        let shim = Self::start(id).await;
-        let create = CreateSandboxRequest { sandbox_id: id.into(), ..Default::default() };
-        shim.sandbox().create_sandbox(patience(), &create).await.unwrap();
-        let start = StartSandboxRequest { sandbox_id: id.into(), ..Default::default() };
-        let started = shim.sandbox().start_sandbox(patience(), &start).await.unwrap();
-        (shim, started.pid)
-    }
-
-    async fn start_task(&self, id: &str) {
-        self.tasks().start(patience(), &StartRequest { id: id.into(), ..Default::default() }).await.unwrap();
-    }
-
-    async fn wait_task(&self, id: &str, exec_id: &str) -> u32 {
-        let request = WaitRequest { id: id.into(), exec_id: exec_id.into(), ..Default::default() };
-        self.tasks().wait(patience(), &request).await.unwrap().exit_status
-    }
-
-    async fn delete_task(&self, id: &str) {
-        self.tasks().delete(patience(), &DeleteRequest { id: id.into(), ..Default::default() }).await.unwrap();
-    }
-
-    /// Ends the sandbox and the shim; asserts that neither mount nor directory of it is left.
-    async fn end(self) {
-        let shutdown = ShutdownSandboxRequest { sandbox_id: self.id.clone(), ..Default::default() };
-        self.sandbox().shutdown_sandbox(patience(), &shutdown).await.unwrap();
-        let pid = std::fs::read_to_string(self.dir.path().join("shim.pid")).unwrap().parse().unwrap();
-        fixture::wait_gone(pid);
-        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
-        assert!(!mounts.contains("/run/hull/"), "{mounts}");
-    }
-}
-
 #[test]
-fn a_container_that_cannot_be_is_refused_by_its_cause_and_leaves_its_name_free() {
+fn task_create_of_a_container_that_cannot_be_is_refused_by_its_cause_and_leaves_its_name_free() {
     run(async {
         let (shim, _) = Shim::with_sandbox("wrong").await;
         let tasks = shim.tasks();
@@ -100,12 +44,15 @@ fn a_container_that_cannot_be_is_refused_by_its_cause_and_leaves_its_name_free()
             spec["linux"]["maskedPaths"] = json!(["/proc/kcore"]);
         });
         wrong(Code::FAILED_PRECONDITION, &["block device 4095:7"]).await;
+        for kind in ["prestart", "createRuntime", "createContainer", "poststart", "poststop"] {
+            change(&bundle, |spec| spec["hooks"] = json!({ kind: [{ "path": "/bin/hook" }] }));
+            wrong(Code::INVALID_ARGUMENT, &[&format!("hooks.{kind}"), "/bin/hook"]).await;
+        }
         change(&bundle, |spec| spec["process"]["args"] = json!(["/no/such/program"]));
         let created = tasks.create(patience(), &create("one", &bundle)).await;
         if created.is_ok() {
-            let start = StartRequest { id: "one".into(), ..Default::default() };
-            assert!(refused(tasks.start(patience(), &start).await).1.contains("/no/such/program"));
-            shim.delete_task("one").await;
+            assert!(refused(shim.start_task("one", "").await).1.contains("/no/such/program"));
+            shim.delete_task("one", "").await.unwrap();
         } else {
             assert!(refused(created).1.contains("/no/such/program"));
         }
@@ -115,68 +62,47 @@ fn a_container_that_cannot_be_is_refused_by_its_cause_and_leaves_its_name_free()
         tasks.create(patience(), &create("one", &bundle)).await.unwrap();
         let (code, message) = refused(tasks.create(patience(), &create("one", &bundle)).await);
         assert_eq!(code, Code::ALREADY_EXISTS, "{message}");
-        shim.start_task("one").await;
+        shim.start_task("one", "").await.unwrap();
         assert_eq!(shim.wait_task("one", "").await, 5);
-        shim.delete_task("one").await;
+        shim.delete_task("one", "").await.unwrap();
         shim.end().await;
     });
 }
 
 #[test]
-fn what_has_ended_is_told_from_what_was_never_there() {
+fn task_kill_and_exec_tell_what_has_ended_from_what_was_never_there() {
     run(async {
         let (shim, vmm) = Shim::with_sandbox("ended").await;
         let tasks = shim.tasks();
         let bundle = shim.bundle("one", &["/bin/sh", "-c", "read line"]);
         tasks.create(patience(), &create("one", &bundle)).await.unwrap();
-        let exec = |exec_id: &str| ExecProcessRequest {
-            id: "one".into(),
-            exec_id: exec_id.into(),
-            spec: Some(Any {
-                type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
-                value: json!({ "args": ["/bin/sh", "-c", "exit 4"], "cwd": "/", "user": { "uid": 0, "gid": 0 } })
-                    .to_string()
-                    .into_bytes(),
-                ..Default::default()
-            })
-            .into(),
-            ..Default::default()
-        };
-        let kill = |id: &str, exec_id: &str| KillRequest {
-            id: id.into(),
-            exec_id: exec_id.into(),
-            signal: 9,
-            ..Default::default()
-        };
+        let exec = |exec_id: &str| exec("one", exec_id, "exit 4");
 
         // The first process reads /dev/null and ends as soon as it is started, so the exec is registered before.
         tasks.exec(patience(), &exec("early")).await.unwrap();
-        let early = StartRequest { id: "one".into(), exec_id: "early".into(), ..Default::default() };
-        let (code, message) = refused(tasks.start(patience(), &early).await);
+        let (code, message) = refused(shim.start_task("one", "early").await);
         assert_eq!(code, Code::FAILED_PRECONDITION, "before the container runs: {message}");
-        shim.start_task("one").await;
+        shim.start_task("one", "").await.unwrap();
         shim.wait_task("one", "").await;
-        let (code, message) = refused(tasks.start(patience(), &early).await);
+        let (code, message) = refused(shim.start_task("one", "early").await);
         assert_eq!(code, Code::FAILED_PRECONDITION, "after it has ended: {message}");
         let (code, message) = refused(tasks.exec(patience(), &exec("late")).await);
         assert_eq!(code, Code::FAILED_PRECONDITION, "{message}");
         assert!(message.contains("has stopped"), "{message}");
-        assert_eq!(refused(tasks.kill(patience(), &kill("one", "")).await).0, Code::NOT_FOUND);
-        assert_eq!(refused(tasks.kill(patience(), &kill("one", "unknown")).await).0, Code::NOT_FOUND);
-        assert_eq!(refused(tasks.kill(patience(), &kill("unknown", "")).await).0, Code::NOT_FOUND);
-        shim.delete_task("one").await;
+        for (id, exec_id) in [("one", ""), ("one", "unknown"), ("unknown", "")] {
+            assert_eq!(refused(shim.kill(id, exec_id, Signal::SIGKILL).await).0, Code::NOT_FOUND);
+        }
+        shim.delete_task("one", "").await.unwrap();
 
         // An exec that has ended in a container that has not.
         let bundle = shim.bundle("one", &["/bin/sleep", "1000"]);
-        std::fs::copy("/bin/busybox", bundle.join("rootfs/bin/sleep")).unwrap();
         tasks.create(patience(), &create("one", &bundle)).await.unwrap();
-        shim.start_task("one").await;
+        shim.start_task("one", "").await.unwrap();
         tasks.exec(patience(), &exec("short")).await.unwrap();
         assert_eq!(refused(tasks.exec(patience(), &exec("short")).await).0, Code::ALREADY_EXISTS);
-        let short = StartRequest { id: "one".into(), exec_id: "short".into(), ..Default::default() };
-        tasks.start(patience(), &short).await.unwrap();
+        shim.start_task("one", "short").await.unwrap();
         assert_eq!(shim.wait_task("one", "short").await, 4);
-        let (code, message) = refused(tasks.kill(patience(), &kill("one", "short")).await);
+        let (code, message) = refused(shim.kill("one", "short", Signal::SIGKILL).await);
         assert_eq!(code, Code::NOT_FOUND, "{message}");
         assert!(message.contains("short") && message.contains("ended"), "{message}");
 
@@ -187,15 +113,14 @@ fn what_has_ended_is_told_from_what_was_never_there() {
         let (code, message) = refused(tasks.create(patience(), &create("two", &bundle)).await);
         assert_eq!(code, Code::FAILED_PRECONDITION, "{message}");
         assert!(message.contains("virtual machine is gone"), "{message}");
-        let state = StateRequest { id: "two".into(), ..Default::default() };
-        assert_eq!(refused(tasks.state(patience(), &state).await).0, Code::NOT_FOUND);
-        shim.delete_task("one").await;
+        assert_eq!(refused(shim.state("two", "").await).0, Code::NOT_FOUND);
+        shim.delete_task("one", "").await.unwrap();
         shim.end().await;
     });
 }
 
 #[test]
-fn a_sandbox_that_cannot_be_is_refused_by_its_cause() {
+fn sandbox_create_of_what_cannot_be_is_refused_by_its_cause() {
     run(async {
         let shim = Shim::start("size").await;
         let sandbox = shim.sandbox();
@@ -222,10 +147,10 @@ fn a_sandbox_that_cannot_be_is_refused_by_its_cause() {
 }
 
 #[test]
-fn a_shim_that_is_started_twice_says_so_and_the_first_goes_on() {
+fn binary_start_twice_says_so_and_the_first_goes_on() {
     run(async {
         let shim = Shim::start("twice").await;
-        let second = Shim::try_start("twice", shim.dir.path());
+        let second = start_by_message("twice", &shim.dir, NOBODY);
         assert!(!second.status.success());
         let said = String::from_utf8_lossy(&second.stderr).into_owned();
         assert!(said.contains("a shim already exists"), "{said}");
@@ -236,18 +161,18 @@ fn a_shim_that_is_started_twice_says_so_and_the_first_goes_on() {
 }
 
 #[test]
-fn a_fifo_that_nobody_reads_holds_nothing_up_but_its_process() {
+fn streams_fifo_that_nobody_reads_holds_nothing_up_but_its_process() {
     run(async {
         let (shim, _) = Shim::with_sandbox("fifo").await;
         let tasks = shim.tasks();
-        let fifo = shim.dir.path().join("out");
+        let fifo = shim.dir.join("out");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
         let request =
             |bundle: &Path| CreateTaskRequest { stdout: fifo.to_str().unwrap().into(), ..create("one", bundle) };
         let endless = "i=0; while :; do i=$((i+1)); echo $i; done";
         let bundle = shim.bundle("one", &["/bin/sh", "-c", endless]);
         tasks.create(patience(), &request(&bundle)).await.unwrap();
-        shim.start_task("one").await;
+        shim.start_task("one", "").await.unwrap();
         // A reader that vanishes, and another: between them nothing is lost but what the first had taken.
         let reader = || {
             let fifo = fifo.clone();
@@ -264,14 +189,104 @@ fn a_fifo_that_nobody_reads_holds_nothing_up_but_its_process() {
         // The last line may be cut.
         assert!(numbers[..numbers.len() - 1].iter().zip(1..).all(|(number, line)| *number == line));
 
-        let kill = KillRequest { id: "one".into(), signal: 9, ..Default::default() };
-        tasks.kill(patience(), &kill).await.unwrap();
+        shim.kill("one", "", Signal::SIGKILL).await.unwrap();
         assert_eq!(shim.wait_task("one", "").await, 137);
         // With what nobody has read still in the FIFO.
-        shim.delete_task("one").await;
+        shim.delete_task("one", "").await.unwrap();
 
         let missing = CreateTaskRequest { stdout: "/no/such/fifo".into(), ..create("one", &bundle) };
         assert!(refused(tasks.create(patience(), &missing).await).1.contains("/no/such/fifo"));
+        shim.end().await;
+    });
+}
+
+#[test]
+fn task_create_goes_on_when_its_client_vanishes() {
+    run(async {
+        let (shim, _) = Shim::shared().await;
+        let (other, _) = Shim::shared().await;
+        let request = create("vanished", &shim.bundle("vanished", &["/bin/sleep", "1000"]));
+        {
+            let (tasks, connect) = (other.tasks(), ConnectRequest::new());
+            let mut creating = Box::pin(tasks.create(patience(), &request));
+            tokio::select! {
+                biased;
+                created = &mut creating => drop(created.unwrap()),
+                // Asked for after it on the same connection: the shim has both requests when it answers.
+                answer = tasks.connect(patience(), &connect) => drop(answer.unwrap()),
+            }
+        }
+        drop(other);
+        let mut state = shim.state("vanished", "").await;
+        while let Err(error) = state {
+            assert_eq!(refused::<()>(Err(error)).0, Code::NOT_FOUND);
+            state = shim.state("vanished", "").await;
+        }
+        assert_eq!(shim.status("vanished", "").await, Status::CREATED);
+        shim.start_task("vanished", "").await.unwrap();
+        shim.remove_task("vanished").await;
+    });
+}
+
+/// A file system of 64 KiB; unmounted when dropped.
+struct Small(tempfile::TempDir);
+
+impl Small {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"]).arg(dir.path()).status();
+        assert!(mounted.unwrap().success());
+        Self(dir)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").args(["--lazy"]).arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn binary_start_on_a_full_disk_says_so_and_leaves_nothing() {
+    let disk = Small::new();
+    let mut filler = File::create(disk.0.path().join("filler")).unwrap();
+    assert_eq!(filler.write_all(&[0; 1 << 20]).unwrap_err().kind(), std::io::ErrorKind::StorageFull);
+    let output = start_by_message("full", disk.0.path(), NOBODY);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && output.stdout.is_empty(), "{said}");
+    assert!(said.contains("No space left"), "{said}");
+    let shims = fixture::containerd::processes("containerd-shim-hull-v2");
+    assert!(!shims.iter().any(|(_, words)| words.iter().any(|word| word == "full")), "{shims:?}");
+    let left: Vec<_> = std::fs::read_dir(disk.0.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let sockets = left.iter().filter(|name| name.len() == 64).count();
+    assert_eq!(sockets, 0, "{left:?}");
+}
+
+#[test]
+fn streams_file_on_a_full_disk_holds_nothing_up() {
+    let disk = Small::new();
+    run(async {
+        let (shim, _) = Shim::with_sandbox("full").await;
+        let out = disk.0.path().join("out");
+        let stdout = format!("file://{}", out.display());
+        let request = CreateTaskRequest {
+            stdout,
+            ..create("one", &shim.bundle("one", &["/bin/sh", "-c", "while echo line; do :; done; sleep 1000"]))
+        };
+        shim.tasks().create(patience(), &request).await.unwrap();
+        shim.start_task("one", "").await.unwrap();
+        eventually("the disk is full", || match std::fs::metadata(&out).unwrap().len() {
+            65_536 => Ok(()),
+            length => Err(length.to_string()),
+        });
+        // Whatever the program makes of it, others go on, and it can be ended.
+        shim.run("two", "exit 5").await;
+        assert_eq!(shim.wait_task("two", "").await, 5);
+        let _ = shim.kill("one", "", Signal::SIGKILL).await;
+        let exit = shim.wait_task("one", "").await;
+        assert!(exit == 137 || exit == 128 + Signal::SIGPIPE as u32, "{exit}");
+        shim.delete_task("one", "").await.unwrap();
+        shim.delete_task("two", "").await.unwrap();
         shim.end().await;
     });
 }

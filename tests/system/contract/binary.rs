@@ -1,0 +1,190 @@
+//! The shim's binary: `start`, `delete` and what they print.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use containerd_shim_protos::api::{ConnectRequest, ConnectResponse, DeleteResponse};
+use containerd_shim_protos::ttrpc::Request;
+use containerd_shim_protos::types::introspection::RuntimeInfo;
+
+use super::*;
+
+/// What is to happen within the time that containerd gives `delete`.
+const DELETE_SECONDS: u64 = 5;
+
+/// `start` as containerd up to 2.2 calls it, with runtime options or nothing on standard input.
+fn start_by_flags(id: &str, dir: &Path, input: &[u8]) -> Output {
+    output(start_command(id, dir).env("TTRPC_ADDRESS", NOBODY).env("MAX_SHIM_VERSION", "2"), input)
+}
+
+/// `delete` of a container.
+fn delete(id: &str, dir: &Path) -> DeleteResponse {
+    let mut command = Command::new("containerd-shim-hull-v2");
+    command.args(["-namespace", "tests", "-id", id, "-bundle", dir.to_str().unwrap(), "delete"]).current_dir(dir);
+    let before = std::time::Instant::now();
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "", "containerd reads both");
+    // A lab is slower than any node; that it ends at all is what is asked.
+    assert!(before.elapsed() < Duration::from_secs(20 * DELETE_SECONDS));
+    DeleteResponse::parse_from_bytes(&output.stdout).unwrap()
+}
+
+/// Ends the shim that was started in a directory.
+fn end(dir: &Path) {
+    let pid = std::fs::read_to_string(dir.join("shim.pid")).unwrap().parse().unwrap();
+    nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    fixture::wait_gone(pid);
+    delete("flags", dir);
+}
+
+#[test]
+fn binary_start_stdin_with_options_or_nothing_is_answered_by_json_of_version_2() {
+    let dir = tempfile::tempdir().unwrap();
+    // Options whose two fields could be a message's first two.
+    let options = Any { type_url: "containerd.runc.v1.Options".into(), value: b"tests".to_vec(), ..Default::default() };
+    for input in [Vec::new(), options.write_to_bytes().unwrap()] {
+        let output = start_by_flags("flags", dir.path(), &input);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(output.stderr.is_empty(), "containerd reads both");
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((&answer["version"], &answer["protocol"]), (&json!(2), &json!("ttrpc")));
+        let socket = answer["address"].as_str().unwrap().strip_prefix("unix:///run/containerd/s/").unwrap();
+        assert_eq!(socket.len(), 64, "{socket}");
+        end(dir.path());
+    }
+}
+
+#[test]
+fn binary_start_stdin_with_a_message_is_answered_by_one_of_version_3() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = start_by_message("flags", dir.path(), NOBODY);
+    assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    let answer = BootstrapResult::parse_from_bytes(&output.stdout).unwrap();
+    assert_eq!((answer.version, answer.protocol.as_str()), (3, "ttrpc"));
+    end(dir.path());
+    // One for another shim is none for this.
+    let params = BootstrapParams {
+        instance_id: "another".into(),
+        namespace: "tests".into(),
+        containerd_ttrpc_address: NOBODY.into(),
+        ..Default::default()
+    };
+    let refused = super::output(&mut start_command("flags", dir.path()), &params.write_to_bytes().unwrap());
+    assert!(!refused.status.success() && refused.stdout.is_empty());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("another"));
+}
+
+#[test]
+fn binary_start_leaves_a_daemon_with_a_socket_a_log_and_a_group_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    nix::unistd::mkfifo(&log, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut log = File::options().read(true).write(true).open(log).unwrap();
+    let params = BootstrapParams {
+        instance_id: "flags".into(),
+        namespace: "tests".into(),
+        containerd_ttrpc_address: NOBODY.into(),
+        socket_dir: Some(dir.path().to_str().unwrap().into()),
+        ..Default::default()
+    };
+    let mut command = start_command("flags", dir.path());
+    let output = super::output(&mut command, &params.write_to_bytes().unwrap());
+    let answer = BootstrapResult::parse_from_bytes(&output.stdout).unwrap();
+    let socket = answer.address.strip_prefix("unix://").unwrap();
+    assert!(socket.len() <= 106 && Path::new(socket).starts_with(dir.path()));
+    assert_eq!(std::fs::metadata(socket).unwrap().permissions().mode() & 0o777, 0o600);
+    let pid: i32 = std::fs::read_to_string(dir.path().join("shim.pid")).unwrap().parse().unwrap();
+    assert_eq!(nix::unistd::getpgid(Some(Pid::from_raw(pid))).unwrap(), Pid::from_raw(pid));
+    let score = |pid: &str| {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
+        text.trim().parse::<i32>().unwrap()
+    };
+    assert_eq!(score(&pid.to_string()), score("self") + 1);
+
+    // It says what it refuses to do without being asked.
+    run(async {
+        let client = Client::connect(&answer.address).await.unwrap();
+        let mut request = CreateSandboxRequest { sandbox_id: "flags".into(), ..Default::default() };
+        let unknown = "io.katacontainers.config.hypervisor.no_such_thing";
+        request.annotations.insert(unknown.into(), "1".into());
+        SandboxClient::new(client).create_sandbox(patience(), &request).await.unwrap();
+    });
+    let mut text = [0; 4096];
+    let count = log.read(&mut text).unwrap();
+    assert!(String::from_utf8_lossy(&text[..count]).contains("no_such_thing"));
+    end(dir.path());
+}
+
+#[test]
+fn binary_serves_both_versions_of_the_task_service() {
+    run(async {
+        let (shim, vmm) = Shim::shared().await;
+        for service in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {
+            let mut request = Request::new();
+            (request.service, request.method) = (service.to_owned(), "Connect".to_owned());
+            request.payload = ConnectRequest::new().write_to_bytes().unwrap();
+            let answer = shim.client.request(request).await.unwrap();
+            assert_eq!(ConnectResponse::parse_from_bytes(&answer.payload).unwrap().task_pid, vmm, "{service}");
+        }
+        let mut request = Request::new();
+        (request.service, request.method) = ("containerd.task.v3.Task".to_owned(), "NoSuchMethod".to_owned());
+        let code = match shim.client.request(request).await {
+            Err(Error::RpcStatus(status)) => status.code.enum_value_or_default(),
+            Ok(answer) => answer.status.code.enum_value_or_default(),
+            Err(other) => panic!("{other}"),
+        };
+        assert_eq!(code, Code::UNIMPLEMENTED);
+    });
+}
+
+#[test]
+fn binary_info_is_a_runtime_info_whatever_is_on_standard_input() {
+    for input in [b"".as_slice(), b"options of some kind"] {
+        let mut command = Command::new("containerd-shim-hull-v2");
+        command.arg("-info").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let output = output(&mut command, input);
+        assert!(output.status.success() && output.stderr.is_empty());
+        let info = RuntimeInfo::parse_from_bytes(&output.stdout).unwrap();
+        assert_eq!(info.name, fixture::containerd::RUNTIME);
+        assert!(!info.version.version.is_empty());
+    }
+}
+
+#[test]
+fn binary_delete_of_another_container_leaves_the_pod_alone() {
+    run(async {
+        let (shim, vmm) = Shim::shared().await;
+        shim.run("kept", "sleep 1000").await;
+        let bundle = shim.dir.join("kept");
+        let answer = delete("kept", &bundle);
+        assert_eq!((answer.exit_status, answer.pid), (137, 0));
+        assert!(answer.exited_at.seconds > 0);
+        // With an exec's name, or one that nobody knows, no more.
+        delete("unknown", &bundle);
+        assert_eq!(shim.status("kept", "").await, Status::RUNNING);
+        assert!(Path::new(&format!("/proc/{vmm}")).exists());
+        shim.remove_task("kept").await;
+    });
+}
+
+#[test]
+fn binary_delete_clears_up_after_a_shim_that_died_and_again() {
+    run(async {
+        let (shim, vmm) = Shim::with_sandbox("dead").await;
+        shim.run("one", "sleep 1000").await;
+        let socket = std::fs::read_to_string(shim.dir.join("shim.socket")).unwrap();
+        nix::sys::signal::kill(Pid::from_raw(shim.pid()), Signal::SIGKILL).unwrap();
+        fixture::wait_gone(shim.pid());
+        fixture::wait_gone(vmm.try_into().unwrap());
+        for _ in 0..2 {
+            assert_eq!(delete("dead", &shim.dir).exit_status, 137);
+            assert!(!Path::new(&socket).exists());
+        }
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        assert!(!mounts.contains("/run/hull/"), "{mounts}");
+        // The root is as it was: only mounts are taken away.
+        assert!(std::fs::metadata(shim.dir.join("one/rootfs/bin/busybox")).unwrap().size() > 0);
+    });
+}

@@ -1,0 +1,134 @@
+//! What a pod's specification may ask of the kernel under it, and what is told of the pod's life.
+
+use std::time::Duration;
+
+use fixture::cri::api::{HugepageLimit, IDMapping, PodSandboxConfig, UserNamespace};
+use fixture::cri::{Code, Pod, Traces, cri, eventually, handlers_and_runc};
+
+/// How long an event may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[test]
+fn sysctls_of_a_pod_hold_in_its_containers() {
+    for handler in handlers_and_runc() {
+        let sysctls = [
+            ("net.ipv4.tcp_syncookies", "0"),
+            ("net/ipv4/ip_unprivileged_port_start", "400"),
+            ("kernel.shm_rmid_forced", "1"),
+            ("fs.mqueue.msg_max", "17"),
+        ];
+        let pod = Pod::start(handler, |config| {
+            let linux = config.linux.mut_or_insert_default();
+            linux.sysctls = sysctls.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        });
+        let container = pod.run("main", "sleep 1000", |_| {});
+        let seen = container.exec(
+            "cd /proc/sys; cat net/ipv4/tcp_syncookies net/ipv4/ip_unprivileged_port_start kernel/shm_rmid_forced \
+             fs/mqueue/msg_max",
+        );
+        assert_eq!(seen, "0\n400\n1\n17", "{handler}");
+        pod.end();
+
+        let before = Traces::now();
+        let unknown = Pod::try_start(handler, |config| {
+            config.linux.mut_or_insert_default().sysctls.insert("net.no_such_thing".into(), "1".into());
+        });
+        let status = unknown.unwrap_err();
+        assert!(status.message().contains("no_such_thing"), "{handler}: {status}");
+        eventually("nothing of the pod is left", || before.are_all());
+    }
+}
+
+#[test]
+fn low_ports_are_as_free_in_a_pod_as_with_runc() {
+    // containerd 2 frees them for all pods, 1.7 does not.
+    let seen: Vec<String> = handlers_and_runc()
+        .map(|handler| {
+            let pod = Pod::start(handler, |_| {});
+            let container = pod.run("main", "sleep 1000", |_| {});
+            let seen = container.exec("cd /proc/sys/net/ipv4; cat ip_unprivileged_port_start ping_group_range");
+            pod.end();
+            seen
+        })
+        .collect();
+    for other in &seen {
+        assert_eq!(Some(other), seen.last());
+    }
+}
+
+#[test]
+fn a_user_namespace_of_the_pods_is_refused_with_the_reason() {
+    for handler in fixture::cri::handlers() {
+        let before = Traces::now();
+        let refused = Pod::try_start(handler, |config: &mut PodSandboxConfig| {
+            let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+            let mut mapping = IDMapping::new();
+            (mapping.host_id, mapping.container_id, mapping.length) = (100_000, 0, 65_536);
+            let mut user = UserNamespace::new();
+            (user.uids, user.gids) = (vec![mapping.clone()], vec![mapping]);
+            context.namespace_options.mut_or_insert_default().userns_options = Some(user).into();
+        });
+        let status = refused.unwrap_err();
+        println!("{handler}: {status:?}");
+        assert!(status.message().contains("user namespace"), "{handler}: {status}");
+        assert_ne!(status.code(), Code::DeadlineExceeded);
+        eventually("nothing of the pod is left", || before.are_all());
+    }
+}
+
+#[test]
+fn huge_page_limits_are_what_they_are_with_runc() {
+    // containerd leaves them out unless its setting disable_hugetlb_controller is changed.
+    let seen: Vec<String> = handlers_and_runc()
+        .map(|handler| {
+            let pod = Pod::start(handler, |_| {});
+            let container = pod.run("main", "sleep 1000", |config| {
+                let mut pages = HugepageLimit::new();
+                (pages.page_size, pages.limit) = ("2MB".into(), 4 << 20);
+                let resources = config.linux.mut_or_insert_default().resources.mut_or_insert_default();
+                resources.hugepage_limits.push(pages);
+            });
+            let seen = container.exec("cat /sys/fs/cgroup/hugetlb.2MB.max");
+            pod.end();
+            seen
+        })
+        .collect();
+    for other in &seen {
+        assert_eq!(Some(other), seen.last());
+    }
+}
+
+#[test]
+fn container_events_tell_the_same_life() {
+    let events = cri().container_events();
+    let seen: Vec<Vec<String>> = handlers_and_runc()
+        .map(|handler| {
+            let pod = Pod::start(handler, |_| {});
+            let container = pod.run("main", "exit 3", |_| {});
+            container.ended();
+            container.remove();
+            let (pod_id, container_id) = (pod.id.clone(), container.id.clone());
+            pod.end();
+            let mut told = Vec::new();
+            // The last is the pod's deletion.
+            while told.last().map(String::as_str) != Some("pod 3") {
+                let event =
+                    events.recv_timeout(PATIENCE).unwrap_or_else(|error| panic!("{handler}: {told:?}: {error}"));
+                let whose = match &event.container_id {
+                    id if *id == pod_id => "pod",
+                    id if *id == container_id => "container",
+                    // containerd keeps what nobody has asked for, here of the pods of other tests.
+                    _ => continue,
+                };
+                told.push(format!("{whose} {}", event.container_event_type));
+            }
+            println!("{handler}: {told:?}");
+            told.retain(|event| event.starts_with("container"));
+            assert_eq!(told, ["container 0", "container 1", "container 2", "container 3"], "{handler}");
+            told
+        })
+        .collect();
+    for other in &seen {
+        assert_eq!(Some(other), seen.last());
+    }
+}

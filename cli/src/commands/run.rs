@@ -230,15 +230,16 @@ pub(super) fn streams(options: &ProcessOptions) -> Result<Streams, Error> {
     Ok(Streams::Terminal { columns, rows })
 }
 
-/// Reads `none`, `netns:PATH` or `cni:NAME`, and with the last the ports to publish.
+/// Reads `none`, `netns:PATH`, `cni:NAME` or `user`, and with the last two the ports to publish.
 fn parse_network(text: &str, publish: &[String]) -> Result<Network, Error> {
     let ports = publish.iter().map(|text| parse_port(text)).collect::<Result<Vec<_>, _>>()?;
     match text.split_once(':') {
         Some(("cni", name)) if !name.is_empty() => Ok(Network::Cni { name: name.to_owned(), ports }),
-        _ if !ports.is_empty() => Err(format!("-p needs a network that CNI makes; --net is {text}").into()),
+        None if text == "user" => Ok(Network::User { ports }),
+        _ if !ports.is_empty() => Err(format!("-p needs --net cni:NAME or --net user; --net is {text}").into()),
         None if text == "none" => Ok(Network::None),
         Some(("netns", path)) if !path.is_empty() => Ok(Network::Namespace(std::path::absolute(path)?)),
-        _ => Err(format!("{text} is no network; use none, netns:PATH or cni:NAME").into()),
+        _ => Err(format!("{text} is no network; use none, netns:PATH, cni:NAME or user").into()),
     }
 }
 
@@ -314,7 +315,9 @@ mod tests {
         assert_eq!(parse("none").unwrap(), Network::None);
         assert_eq!(parse("netns:/run/netns/a:b").unwrap(), Network::Namespace("/run/netns/a:b".into()));
         assert_eq!(parse("cni:x").unwrap(), Network::Cni { name: "x".into(), ports: Vec::new() });
-        for text in ["", "netns", "netns:", "host", "none:", "cni:", "cni"] {
+        assert_eq!(parse("user").unwrap(), Network::User { ports: Vec::new() });
+        assert!(matches!(parse_network("user", &["1:2".to_owned()]), Ok(Network::User { ports }) if ports.len() == 1));
+        for text in ["", "netns", "netns:", "host", "none:", "cni:", "cni", "user:"] {
             assert!(parse(text).is_err(), "{text:?}");
         }
         assert!(parse_network("none", &["1:2".to_owned()]).is_err());

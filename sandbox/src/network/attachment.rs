@@ -1,13 +1,12 @@
 //! The interfaces of one namespace in the hands of a sandbox.
 
 use std::io;
-use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use hull_protocol::agent as wire;
 use hull_sandbox_sys::tap::{self, Tap};
-use hull_vmm_api::config::MacAddress;
+use hull_vmm_api::config::{MacAddress, NetBackend};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 
@@ -26,9 +25,10 @@ pub(super) const MAX_INTERFACES: usize = 16;
 /// How taps are named; the kernel fills in a number.
 const TAP_PATTERN: &str = "hull%d";
 
-/// A tap for the VMM.
+/// The host's end of an interface, for the VMM.
 #[derive(Debug)]
-pub(crate) struct TapInterface {
+pub(crate) struct HostEnd {
+    pub(crate) backend: NetBackend,
     pub(crate) queues: Vec<OwnedFd>,
     pub(crate) mac: MacAddress,
     pub(crate) mtu: Option<u16>,
@@ -36,12 +36,10 @@ pub(crate) struct TapInterface {
 
 /// A namespace whose traffic goes to a sandbox, until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Attachment {
+pub(super) struct Taken {
     netlink: Netlink,
     /// Indices of interfaces that may have a filter.
     redirected: Vec<u32>,
-    taps: Vec<TapInterface>,
-    description: wire::Network,
     links: Vec<Link>,
     follower: Option<Follower>,
     following: Option<Following>,
@@ -52,37 +50,15 @@ pub(crate) struct Attachment {
     pub(super) cni: Option<Cni>,
 }
 
-impl Attachment {
-    /// The taps, in the order in which the description has the interfaces. Once.
-    pub(crate) fn take_taps(&mut self) -> Vec<TapInterface> {
-        std::mem::take(&mut self.taps)
-    }
-
-    /// The addresses of global scope in the description.
-    pub(crate) fn addresses(&self) -> Vec<IpAddr> {
-        let addresses = self.description.interfaces.iter().flat_map(|interface| &interface.addresses);
-        let octets = addresses.filter(|address| address.scope == 0).map(|address| &address.address[..]);
-        let parse = |octets: &[u8]| match *octets {
-            [a, b, c, d] => Some(IpAddr::from([a, b, c, d])),
-            _ => <[u8; 16]>::try_from(octets).ok().map(IpAddr::from),
-        };
-        octets.filter_map(parse).collect()
-    }
-
+impl Taken {
     /// What the network's maker wants for name servers, as a resolv.conf; empty where it says nothing.
-    pub(crate) fn resolv_conf(&self) -> String {
+    pub(super) fn resolv_conf(&self) -> String {
         self.cni.as_ref().map(Cni::resolv_conf).unwrap_or_default()
-    }
-
-    /// What the guest is to have.
-    pub(crate) fn description(&self) -> &wire::Network {
-        &self.description
     }
 
     /// Tells the agent, which was told of the description, of what changes in the namespace from now on. In a tokio
     /// runtime.
-    pub(crate) fn follow(&mut self, agent: &Agent) {
-        let description = self.description.clone();
+    pub(super) fn follow(&mut self, agent: &Agent, description: wire::Network) {
         let start = |follower: Follower| follower.start(self.links.clone(), description, agent.clone());
         match self.follower.take().map(start).transpose() {
             Ok(following) => self.following = following,
@@ -92,7 +68,7 @@ impl Attachment {
 
     /// Passes connections to the namespace's loopback addresses on to the guest behind the VMM's socket at `socket`, from
     /// now on. In a tokio runtime.
-    pub(crate) fn forward(&mut self, socket: &Path) {
+    pub(super) fn forward(&mut self, socket: &Path) {
         let started = self.forwarding.take().map(|forwarding| forwarding.start(socket.to_owned())).transpose();
         match started {
             Ok(running) => self.forwarded = running,
@@ -101,7 +77,7 @@ impl Attachment {
     }
 
     /// Makes a tap beside an interface and joins the two.
-    fn add_tap(&mut self, link: &Link, queues: usize) -> Result<TapInterface, NetworkError> {
+    fn add_tap(&mut self, link: &Link, queues: usize) -> Result<HostEnd, NetworkError> {
         let step = |step| interface_step(&link.name, step);
         let mac = <[u8; 6]>::try_from(&link.mac[..]).ok().and_then(|mac| MacAddress::try_from(mac).ok());
         let mac = mac.ok_or(NetworkError::Unsupported {
@@ -125,11 +101,11 @@ impl Attachment {
         // First the way out, so that the first packet that comes in finds one for its answer.
         redirect::add(&mut self.netlink, tap, link.index).map_err(step("redirect the guest's traffic to it"))?;
         redirect::add(&mut self.netlink, link.index, tap).map_err(step("redirect its traffic to the guest"))?;
-        Ok(TapInterface { queues, mac, mtu: u16::try_from(link.mtu).ok() })
+        Ok(HostEnd { backend: NetBackend::Tap, queues, mac, mtu: u16::try_from(link.mtu).ok() })
     }
 }
 
-impl Drop for Attachment {
+impl Drop for Taken {
     /// Lets the interfaces go. The taps go with the VMM.
     fn drop(&mut self) {
         remove_all(&mut self.netlink, &self.redirected);
@@ -158,7 +134,7 @@ pub(super) fn take(
     queues: usize,
     note_path: PathBuf,
     note: impl FnOnce(Vec<u32>) -> Option<Note> + Send,
-) -> Result<Attachment, NetworkError> {
+) -> Result<(Taken, Vec<HostEnd>, wire::Network), NetworkError> {
     inside(path, namespace, || {
         let mut netlink = Netlink::open().map_err(namespace_step("open a netlink socket"))?;
         let (links, description) = look(&mut netlink)?;
@@ -171,11 +147,9 @@ pub(super) fn take(
         if let Some(note) = note(redirected.clone()) {
             write_note(&note_path, &note)?;
         }
-        let mut attachment = Attachment {
+        let mut taken = Taken {
             netlink,
             redirected,
-            taps: Vec::new(),
-            description,
             links: links.clone(),
             follower: Some(follower),
             following: None,
@@ -184,11 +158,11 @@ pub(super) fn take(
             note: note_path,
             cni: None,
         };
+        let mut taps = Vec::new();
         for link in &links {
-            let tap = attachment.add_tap(link, queues)?;
-            attachment.taps.push(tap);
+            taps.push(taken.add_tap(link, queues)?);
         }
-        Ok(attachment)
+        Ok((taken, taps, description))
     })?
 }
 

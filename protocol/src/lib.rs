@@ -5,7 +5,7 @@
 #![deny(unsafe_code)]
 
 /// Version of the protocol. Sides with equal majors understand each other; a minor only adds.
-pub const VERSION: (u32, u32) = (1, 3);
+pub const VERSION: (u32, u32) = (1, 4);
 
 /// The vsock port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;

@@ -236,7 +236,7 @@ impl Booting {
         match outcome {
             Ok((agent, ready_us)) => {
                 if let Some(network) = &mut self.parts.network {
-                    network.serve(&agent, &self.sockets.vsock);
+                    network.serve(&agent, &self.sockets.vsock, &self.sockets.control);
                 }
                 Ok(Running { parts: self.parts, agent, ready_us })
             }

@@ -19,7 +19,7 @@ use tokio::process::{Child, Command};
 use crate::config::SandboxConfig;
 use crate::console::Tail;
 use crate::host::Host;
-use crate::network::HostEnd;
+use crate::network::{HostEnd, device_name};
 use crate::sandbox::Extras;
 use crate::share::Caching;
 
@@ -288,7 +288,7 @@ impl Inherited {
     fn add_net(&mut self, index: usize, end: HostEnd) -> NetConfig {
         let HostEnd { backend, queues, mac, mtu } = end;
         let queues = queues.into_iter().map(|queue| self.add(queue)).collect();
-        NetConfig { id: format!("net{index}"), backend, queues, mac, mtu }
+        NetConfig { id: device_name(index), backend, queues, mac, mtu }
     }
 
     /// Opens disks and says how the configuration describes them.

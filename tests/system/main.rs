@@ -18,4 +18,5 @@ mod sandbox_service;
 mod settings;
 mod streams;
 mod tty;
+mod user_net;
 mod volumes;

@@ -307,6 +307,83 @@ fn changes_of_the_namespace_reach_the_guest() {
     assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);
 }
 
+/// Looks into a container by a shell script until it shows what is wanted.
+#[track_caller]
+fn look_until(container: &Detached, script: &str, holds: impl Fn(&str) -> bool) -> String {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let said = container.exec(["sh", "-c", script]).run();
+        let text = said.text();
+        if holds(&text) {
+            return text;
+        }
+        assert!(Instant::now() < deadline, "{text} {}", said.stderr);
+    }
+}
+
+#[test]
+fn an_interface_that_comes_later_is_the_guests_until_it_goes() {
+    let netns = Netns::with_eth0(1500);
+    let container = stay(&netns, "sleep 1000");
+    let devices = || container.exec(["sh", "-c", "ls /sys/bus/pci/devices | wc -l"]).run().ok();
+    let (before, at_rest) = (devices(), netns.traces());
+    // A tun, which no guest can have, is left where it is and is in nobody's way.
+    netns.ip("tuntap add dev tun0 mode tun");
+    netns.ip("link set tun0 up");
+    // The second time under the same name, which is another interface all the same.
+    for round in 1..=3 {
+        netns.add_veth("late", 1400);
+        netns.ip(&format!("addr add 172.31.20.{}/24 dev late", 10 + round));
+        netns.ip("route add 198.51.100.0/24 via 172.31.20.1 dev late");
+        host(&format!("ip addr add 172.31.20.1/24 dev {}", netns.host_end("late")));
+        let mac = netns.ip("-o link show late");
+        let mac = mac.split_whitespace().skip_while(|word| *word != "link/ether").nth(1).unwrap().to_owned();
+        let script = "cat /sys/class/net/late/address /sys/class/net/late/mtu; ip addr show dev late; ip route";
+        let said = look_until(&container, script, |said| said.contains("198.51.100.0/24 via 172.31.20.1 dev late"));
+        assert!(said.starts_with(&format!("{mac}\n1400\n")), "{said}");
+        assert!(said.contains(&format!("172.31.20.{}/24", 10 + round)), "{said}");
+        let said = container.exec(["ping", "-c", "2", "-W", "20", "-s", "1300", "172.31.20.1"]).run();
+        assert!(said.text().contains("2 packets received"), "round {round}: {} {}", said.text(), said.stderr);
+        netns.ip("link set late mtu 1350");
+        look_until(&container, "cat /sys/class/net/late/mtu", |said| said == "1350\n");
+        netns.ip("link del late");
+        look_until(&container, "ls /sys/class/net", |said| said.contains("eth0") && !said.contains("late"));
+        look_until(&container, "ls /sys/bus/pci/devices | wc -l", |said| said.trim() == before);
+        // The interface's own words are gone with it; the tap's go when the VMM lets go.
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while netns.traces() != at_rest {
+            assert!(Instant::now() < deadline, "{:?}", netns.traces());
+        }
+    }
+    let said = container.exec(["ping", "-c", "2", "-W", "20", &netns.host_address()]).run();
+    assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);
+    netns.ip("link del tun0");
+    drop(container);
+    assert_eq!(netns.traces(), [""; 0]);
+}
+
+#[test]
+fn the_only_interface_may_go_and_come_back() {
+    let netns = Netns::with_eth0(1500);
+    let container = stay(&netns, "sleep 1000");
+    netns.ip("link del eth0");
+    look_until(&container, "ls /sys/class/net; ip route | wc -l", |said| said == "lo\n0\n");
+    netns.add_veth("eth0", 1500);
+    netns.ip("addr add 172.31.21.2/24 dev eth0");
+    host(&format!("ip addr add 172.31.21.1/24 dev {}", netns.host_end("eth0")));
+    look_until(&container, "ip addr show dev eth0", |said| said.contains("172.31.21.2/24"));
+    let said = container.exec(["ping", "-c", "2", "-W", "20", "172.31.21.1"]).run();
+    assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);
+    // What has come is let go by a dead owner's heirs, too.
+    let record = container.inspect();
+    let id = |key: &str| i32::try_from(record[key].as_i64().unwrap()).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id("owner_pid")), nix::sys::signal::Signal::SIGKILL).unwrap();
+    wait_gone(id("owner_pid"));
+    wait_gone(id("vmm_pid"));
+    hull(["ps", "-a"]).run().ok();
+    assert_eq!(netns.traces(), [""; 0]);
+}
+
 #[test]
 fn a_namespace_serves_one_sandbox_after_another() {
     let netns = Netns::with_eth0(1500);

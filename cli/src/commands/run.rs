@@ -8,11 +8,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use hull_sandbox::config::{SandboxConfig, check_name};
 use hull_sandbox::container::Streams;
 use hull_sandbox::host::Host;
-use hull_sandbox::network::Network;
-use hull_sandbox::network::cni::PortMapping;
+use hull_sandbox::network::cni::{self, PortMapping};
+use hull_sandbox::network::{Network, has_user};
 use hull_sandbox::registry::{Phase, Record};
 use hull_sandbox::share::{RootSource, enter_mount_namespace};
-use hull_settings::Settings;
+use hull_settings::{RunNetwork, Settings};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::args::{ProcessOptions, Run};
@@ -25,21 +25,28 @@ use crate::{Error, Outcome, terminal};
 
 /// The status of a program that Ctrl-C kept from starting: 128 + SIGINT.
 const INTERRUPTED: u8 = 130;
+/// The file in the state directory that has the network that was picked and said last.
+const NETWORK_SAID: &str = "default-network";
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 pub(super) fn run(args: Run, host: Host, settings: &Settings) -> Outcome {
     if args.detach && !args.detached_owner {
+        choose_network(args.net.as_deref(), settings).tell(&host);
         return detach();
     }
     let detached = args.detached_owner;
+    let network = choose_network(args.net.as_deref(), settings);
     if detached {
         // A session of its own keeps the owner from the signals of the user's terminal.
         rustix::process::setsid()?;
     }
     let prepared = (|| {
+        if !detached {
+            network.tell(&host);
+        }
         // Before any thread exists: mounts made from here on end with this process.
         enter_mount_namespace()?;
-        plan(args, host, settings)
+        plan(args, &network.text, host, settings)
     })();
     let outcome = prepared.and_then(|Prepared { plan, images: _images }| {
         let id = plan.record.id.clone();
@@ -69,7 +76,7 @@ struct Prepared {
     images: Vec<Image>,
 }
 
-fn plan(args: Run, host: Host, settings: &Settings) -> Result<Prepared, Error> {
+fn plan(args: Run, network: &str, host: Host, settings: &Settings) -> Result<Prepared, Error> {
     let mut words = args.words.into_iter();
     let store = Store::open(&host.data_dir)?;
     let image = match &args.rootfs {
@@ -141,7 +148,7 @@ fn plan(args: Run, host: Host, settings: &Settings) -> Result<Prepared, Error> {
         memory_mib,
         hostname: hostname.clone(),
         kernel_params,
-        network: parse_network(&args.net, &args.publish)?,
+        network: parse_network(network, &args.publish)?,
         boot_timeout: Duration::from_secs(args.boot_timeout),
     };
     let files = Files { servers: args.dns, extra_hosts: args.add_host };
@@ -228,6 +235,47 @@ pub(super) fn streams(options: &ProcessOptions) -> Result<Streams, Error> {
     }
     let (columns, rows) = terminal::size();
     Ok(Streams::Terminal { columns, rows })
+}
+
+/// A network as `--net` takes it, and whether hull picked it itself.
+struct Choice {
+    text: String,
+    picked: bool,
+}
+
+/// What is asked for, or what the settings say, or the best that the host has.
+fn choose_network(asked: Option<&str>, settings: &Settings) -> Choice {
+    match (asked, &settings.run.network.value) {
+        (Some(text), _) => Choice { text: text.to_owned(), picked: false },
+        (None, RunNetwork::Fixed(text)) => Choice { text: text.clone(), picked: false },
+        (None, RunNetwork::Auto) => Choice { text: pick(cni::first(), has_user), picked: true },
+    }
+}
+
+fn pick(configured: Option<String>, has_user: impl FnOnce() -> bool) -> String {
+    match configured {
+        Some(name) => format!("cni:{name}"),
+        None if has_user() => "user".to_owned(),
+        None => "none".to_owned(),
+    }
+}
+
+impl Choice {
+    /// Says in one line what was picked, unless that has been said since the host started.
+    fn tell(&self, host: &Host) {
+        let said = host.state_dir.join(NETWORK_SAID);
+        if !self.picked || std::fs::read_to_string(&said).is_ok_and(|before| before == self.text) {
+            return;
+        }
+        let why = match self.text.as_str() {
+            "none" => ", since no network is configured for CNI and passt is not installed",
+            "user" => ", since no network is configured for CNI",
+            _ => ", the first that is configured",
+        };
+        eprintln!("hull: the network is {}{why}; --net or run.network of the settings says otherwise", self.text);
+        // Where it cannot be noted it is said again.
+        let _ = std::fs::create_dir_all(&host.state_dir).and_then(|()| std::fs::write(&said, &self.text));
+    }
 }
 
 /// Reads `none`, `netns:PATH`, `cni:NAME` or `user`, and with the last two the ports to publish.
@@ -321,6 +369,31 @@ mod tests {
             assert!(parse(text).is_err(), "{text:?}");
         }
         assert!(parse_network("none", &["1:2".to_owned()]).is_err());
+    }
+
+    #[test]
+    fn what_is_configured_comes_before_passt() {
+        assert_eq!(pick(Some("web".into()), || unreachable!()), "cni:web");
+        assert_eq!(pick(None, || true), "user");
+        assert_eq!(pick(None, || false), "none");
+        let mut settings = Settings::default();
+        assert!(!choose_network(Some("none"), &settings).picked);
+        settings.run.network.value = RunNetwork::Fixed("user".into());
+        let choice = choose_network(None, &settings);
+        assert_eq!((choice.text.as_str(), choice.picked), ("user", false));
+    }
+
+    #[test]
+    fn what_was_picked_is_said_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let host = Host { state_dir: dir.path().join("state"), ..Host::discover().unwrap() };
+        let said = host.state_dir.join(NETWORK_SAID);
+        Choice { text: "user".into(), picked: false }.tell(&host);
+        assert!(!said.exists());
+        for text in ["user", "user", "cni:web"] {
+            Choice { text: text.into(), picked: true }.tell(&host);
+            assert_eq!(std::fs::read_to_string(&said).unwrap(), text);
+        }
     }
 
     #[test]

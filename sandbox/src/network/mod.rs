@@ -20,7 +20,7 @@
 //! **Loopback.** Connections to a loopback address of the namespace, which no filter sees, are passed on by the owner:
 //! see `forward`.
 //!
-//! **Changes.** Addresses, routes and rules that come or go later are carried over too: see `follow`. Interfaces are not.
+//! **Changes.** Interfaces, addresses, routes and rules that come or go later are carried over too: see `follow`.
 //!
 //! **Threads.** A namespace is entered by a thread that ends afterwards. What is done later goes through a socket that the
 //! thread leaves behind, which keeps speaking of that namespace.
@@ -50,8 +50,8 @@ use rustix::fs::{Mode, OFlags};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::attachment::HostEnd;
-use self::attachment::{Taken, remove_all, take};
+pub(crate) use self::attachment::{HostEnd, device_name};
+use self::attachment::{Place, Taken, remove_all, take};
 use self::cni::{Cni, CniNote, PortMapping};
 pub use self::error::NetworkError;
 use self::error::namespace_step;
@@ -132,12 +132,12 @@ impl Attachment {
         }
     }
 
-    /// Carries over to the guest, whose agent has been told of the description and whose VMM has its socket at `socket`, what
+    /// Carries over to the guest, whose agent has been told of the description and whose VMM serves these sockets, what
     /// happens in the namespace from now on. In a tokio runtime.
-    pub(crate) fn serve(&mut self, agent: &Agent, socket: &Path) {
+    pub(crate) fn serve(&mut self, agent: &Agent, vsock: &Path, control: &Path) {
         if let Held::Namespace(taken) = &mut self.held {
-            taken.forward(socket);
-            taken.follow(agent, self.description.clone());
+            taken.forward(vsock);
+            taken.follow(agent, self.description.clone(), control.to_owned());
         }
     }
 }
@@ -187,10 +187,7 @@ fn attach_namespace(path: &Path, queues: usize, note: PathBuf) -> Result<Attachm
     if own.is_ok_and(|own| own == identity) {
         return Err(NetworkError::Host(path.to_owned()));
     }
-    let (taken, ends, description) = take(path, &namespace, queues, note, |interfaces| {
-        let redirected = Redirected { namespace: path.to_owned(), identity, interfaces };
-        Some(Note { redirected: Some(redirected), cni: None })
-    })?;
+    let (taken, ends, description) = take(Place::new(path, namespace, queues, note, Some(identity)))?;
     Ok(Attachment { ends, description, held: Held::Namespace(Box::new(taken)) })
 }
 
@@ -208,7 +205,8 @@ fn attach_cni(
     cni.add()?;
     write(&cni)?;
     // The namespace goes with its owner, and the filters with it, so the note stays as it is.
-    let (mut taken, ends, description) = take(&cni.path(), cni.namespace(), queues, note, |_| None)?;
+    let namespace = cni.namespace().try_clone().map_err(NetworkError::Make)?;
+    let (mut taken, ends, description) = take(Place::new(&cni.path(), namespace, queues, note, None))?;
     taken.cni = Some(cni);
     Ok(Attachment { ends, description, held: Held::Namespace(Box::new(taken)) })
 }

@@ -229,6 +229,50 @@ while True:
 }
 
 #[test]
+fn datagrams_to_the_namespaces_loopback_reach_the_guest_and_are_answered() {
+    let netns = Netns::with_eth0(1500);
+    let server = "
+import socket, threading
+def serve(family, address):
+    s = socket.socket(family, socket.SOCK_DGRAM)
+    s.bind((address, 7000))
+    while True:
+        data, peer = s.recvfrom(70000)
+        s.sendto(data[::-1], peer)
+threading.Thread(target=serve, args=(socket.AF_INET, '127.0.0.1')).start()
+serve(socket.AF_INET6, '::1')
+";
+    let option = netns.option();
+    let container = Detached::start(["--memory", "256", "--net", &option, &debian(), "python3", "-c", server]);
+    // A client that hears its peer alone, and one that hears whoever answers; each with more than one datagram, one of
+    // them longer than a packet.
+    let client = "
+import socket, sys
+for family, address in ((socket.AF_INET, '127.0.0.1'), (socket.AF_INET6, '::1')):
+    peer = (address, 7000)
+    for connected in (True, False):
+        s = socket.socket(family, socket.SOCK_DGRAM)
+        s.settimeout(5)
+        if connected: s.connect(peer)
+        for data in (b'abc', b'0123456789' * 3000, b'x'):
+            s.send(data) if connected else s.sendto(data, peer)
+            answer, sender = s.recvfrom(70000)
+            assert answer == data[::-1] and sender[:2] == peer, (answer[:20], sender)
+print('answered')
+";
+    let deadline = Instant::now() + Duration::from_secs(90);
+    loop {
+        let output = Command::new("ip").args(["netns", "exec", &netns.name, "python3", "-c", client]).output().unwrap();
+        if output.stdout == b"answered\n" {
+            break;
+        }
+        // The listener may be a moment late.
+        assert!(Instant::now() < deadline, "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    hull(["rm", "-f", &container.id]).run().ok();
+}
+
+#[test]
 fn several_interfaces_keep_their_names() {
     let netns = Netns::with_eth0(1500);
     // A name that sorts and counts otherwise than the order of the interfaces.

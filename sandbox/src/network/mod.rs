@@ -17,8 +17,8 @@
 //! owner that is killed leaves the filter at the interface, and a note in its directory by which `sweep` finds it; the next
 //! sandbox that gets the namespace removes it too.
 //!
-//! **Loopback.** Connections to a loopback address of the namespace, which no filter sees, are passed on by the owner:
-//! see `forward`.
+//! **Loopback.** Connections and datagrams to a loopback address of the namespace, which no filter sees, are passed on by
+//! the owner: see `forward` and `datagrams`.
 //!
 //! **Changes.** Interfaces, addresses, routes and rules that come or go later are carried over too: see `follow`.
 //!
@@ -27,6 +27,7 @@
 
 mod attachment;
 pub mod cni;
+mod datagrams;
 mod describe;
 mod error;
 mod follow;

@@ -120,6 +120,144 @@ fn jumbo_packets_pass_whole() {
     assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);
 }
 
+#[test]
+fn a_vlan_of_the_hosts_is_an_interface_like_any_other() {
+    // The trunk stays on the host; what is moved in has its packets without tags.
+    let netns = Netns::empty();
+    host("ip link add httrunk0 type veth peer name httrunk1");
+    let _trunk = Trunk;
+    for end in ["httrunk0", "httrunk1"] {
+        host(&format!("ip link set {end} up"));
+        host(&format!("ip link add link {end} name {end}.7 type vlan id 7"));
+    }
+    host("ip addr add 172.31.22.1/24 dev httrunk0.7");
+    host("ip link set httrunk0.7 up");
+    host(&format!("ip link set httrunk1.7 netns {} name eth0", netns.name));
+    netns.ip("addr add 172.31.22.2/24 dev eth0");
+    netns.ip("link set eth0 up");
+    let said = run(&netns, "ping -c 2 -W 20 -s 1472 172.31.22.1");
+    assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);
+    // One whose trunk is in there too would get its packets twice.
+    netns.ip("link add link eth0 name eth0.8 type vlan id 8");
+    netns.ip("link set eth0.8 up");
+    run(&netns, "true").failed(&["interface eth0.8", "sits on another interface"]);
+    assert_eq!(netns.traces(), [""; 0]);
+}
+
+struct Trunk;
+
+impl Drop for Trunk {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "del", "httrunk0"]).output();
+    }
+}
+
+#[test]
+fn five_hundred_connections_are_open_at_once() {
+    const CONNECTIONS: usize = 500;
+    let netns = Netns::with_eth0(1500);
+    let program = format!(
+        "
+import socket
+server = socket.create_server(('0.0.0.0', 7000), backlog={CONNECTIONS})
+clients = [server.accept()[0] for _ in range({CONNECTIONS})]
+for client in clients: client.sendall(client.recv(16)[::-1])
+for client in clients: assert client.recv(16) == b''
+print('served', flush=True)
+"
+    );
+    let option = netns.option();
+    let container = Detached::start(["--memory", "256", "--net", &option, &debian(), "python3", "-c", &program]);
+    let address = format!("{}:7000", netns.address());
+    let mut streams = vec![connect(&address)];
+    streams.extend((1..CONNECTIONS).map(|_| TcpStream::connect(&address).unwrap()));
+    for (number, stream) in streams.iter_mut().enumerate() {
+        stream.write_all(format!("{number:04}").as_bytes()).unwrap();
+    }
+    for (number, stream) in streams.iter_mut().enumerate() {
+        let mut answer = [0; 4];
+        stream.read_exact(&mut answer).unwrap();
+        let wanted: Vec<u8> = format!("{number:04}").bytes().rev().collect();
+        assert_eq!(&answer[..], wanted);
+    }
+    drop(streams);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !hull(["logs", &container.id]).run().text().contains("served") {
+        assert!(Instant::now() < deadline, "{}", hull(["logs", &container.id]).run().stderr);
+    }
+}
+
+#[test]
+fn connections_that_one_side_has_forgotten_are_reset() {
+    let netns = Netns::with_eth0(1500);
+    // By the host: its end is closed with data on the way.
+    let listener = TcpListener::bind((netns.host_address(), 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let program = format!(
+        "
+import socket
+s = socket.create_connection(('{}', {port}))
+s.sendall(b'never read')
+try: print('ended', s.recv(1))
+except ConnectionResetError: print('reset')
+",
+        netns.host_address()
+    );
+    let resetting = std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        // What has arrived and is not read makes closing a reset.
+        while stream.peek(&mut [0; 16]).unwrap() < b"never read".len() {}
+    });
+    let option = netns.option();
+    let said = hull(["run", "--rm", "--memory", "256", "--net", &option, &debian(), "python3", "-c", &program]).run();
+    assert_eq!(said.ok(), "reset");
+    resetting.join().unwrap();
+
+    // By the guest: another one has come in its place, which knows nothing of the connection.
+    let first = stay(&netns, "while :; do nc -l -p 7000; done");
+    let mut stream = connect(&format!("{}:7000", netns.address()));
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let vmm = i32::try_from(first.inspect()["vmm_pid"].as_i64().unwrap()).unwrap();
+    // At once, so that it says no goodbye.
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(vmm), nix::sys::signal::Signal::SIGKILL).unwrap();
+    wait_gone(vmm);
+    drop(first);
+    let _second = stay(&netns, "sleep 1000");
+    stream.write_all(b"are you there?").unwrap();
+    let error = stream.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+/// A kernel module that the kernel does not find, until this is dropped.
+struct Hidden(&'static str);
+
+impl Hidden {
+    fn new(module: &'static str) -> Self {
+        std::fs::create_dir_all("/run/modprobe.d").unwrap();
+        std::fs::write("/run/modprobe.d/hull-test.conf", format!("install {module} /bin/false\n")).unwrap();
+        let hidden = Self(module);
+        host(&format!("rmmod {module}"));
+        hidden
+    }
+}
+
+impl Drop for Hidden {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file("/run/modprobe.d/hull-test.conf");
+        let _ = Command::new("modprobe").arg(self.0).status();
+    }
+}
+
+#[test]
+fn a_kernel_without_filters_is_named_with_what_to_load() {
+    let netns = Netns::with_eth0(1500);
+    let hidden = Hidden::new("cls_u32");
+    run(&netns, "true").failed(&["interface eth0", "lacks a part", "cls_u32"]);
+    assert_eq!(netns.traces(), [""; 0]);
+    drop(hidden);
+    run(&netns, "true").ok();
+}
+
 /// Bytes that follow from a seed, the same in Rust and Python: SHA-256 of a counter.
 fn block(seed: u8, number: u64) -> Vec<u8> {
     let digest = Sha256::digest([&[seed][..], &number.to_le_bytes()].concat());

@@ -549,7 +549,7 @@ fn the_only_interface_may_go_and_come_back() {
     let netns = Netns::with_eth0(1500);
     let container = stay(&netns, "sleep 1000");
     netns.ip("link del eth0");
-    look_until(&container, "ls /sys/class/net; ip route | wc -l", |said| said == "lo\n0\n");
+    look_until(&container, "ls -d /sys/class/net/*/; ip route | wc -l", |said| said == "/sys/class/net/lo/\n0\n");
     netns.add_veth("eth0", 1500);
     netns.ip("addr add 172.31.21.2/24 dev eth0");
     host(&format!("ip addr add 172.31.21.1/24 dev {}", netns.host_end("eth0")));

@@ -214,7 +214,8 @@ except ConnectionResetError: print('reset')
     resetting.join().unwrap();
 
     // By the guest: another one has come in its place, which knows nothing of the connection.
-    let first = stay(&netns, "while :; do nc -l -p 7000; done");
+    // Its input stays open, and with it the connection.
+    let first = stay(&netns, "while :; do sleep 1000 | nc -l -p 7000; done");
     let mut stream = connect(&format!("{}:7000", netns.address()));
     stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let vmm = i32::try_from(first.inspect()["vmm_pid"].as_i64().unwrap()).unwrap();

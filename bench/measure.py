@@ -16,7 +16,7 @@ import tempfile
 import time
 
 RUNS = 5
-SIZE = ["--cpus", "1", "--memory", "128"]
+SIZE = ["--cpus", "1", "--memory", "128", "--net", "none"]
 
 
 def milliseconds(action):

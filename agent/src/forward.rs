@@ -1,18 +1,20 @@
-//! Connections from the host to ports on the guest's loopback interface.
+//! Connections and datagrams from the host to ports on the guest's loopback interface.
 //!
-//! Each is a connection to `FORWARD_PORT`. The host writes four bytes: the family that its client used (4 or 6), a zero and
-//! the port in network order. The agent connects, answers one byte ([`CONNECTED`] or [`REFUSED`]), and from then on the
-//! two connections are one.
+//! Each is a connection to `FORWARD_PORT`. The host writes four bytes: the family that its client used (4 or 6), what it wants
+//! (TCP or UDP) and the port in network order. The agent connects, answers one byte ([`CONNECTED`] or [`REFUSED`]), and from
+//! then on the two connections are one. Datagrams each have their length before them.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional_with_sizes};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
 
-use hull_protocol::{FORWARD_CONNECTED as CONNECTED, FORWARD_REFUSED as REFUSED};
+use hull_protocol::{
+    FORWARD_CONNECTED as CONNECTED, FORWARD_REFUSED as REFUSED, FORWARD_TCP as TCP, FORWARD_UDP as UDP,
+};
 
 use crate::server::Listener;
 use crate::streams::BoxedConnection;
@@ -21,6 +23,8 @@ use crate::streams::BoxedConnection;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes under way in each direction.
 const BUFFER_BYTES: usize = 32 << 10;
+/// Longest datagram.
+const MAX_DATAGRAM_BYTES: usize = 65_535;
 
 /// Serves the port for ever.
 pub(crate) async fn serve(listener: Listener) {
@@ -37,16 +41,65 @@ pub(crate) async fn serve(listener: Listener) {
 async fn relay(mut host: BoxedConnection) -> io::Result<()> {
     let mut request = [0; 4];
     timeout(REQUEST_TIMEOUT, host.read_exact(&mut request)).await??;
-    let [family, _, high, low] = request;
-    match connect(family, u16::from_be_bytes([high, low])).await {
-        Ok(mut guest) => {
-            host.write_all(&[CONNECTED]).await?;
-            copy_bidirectional_with_sizes(&mut host, &mut guest, BUFFER_BYTES, BUFFER_BYTES).await.map(drop)
+    let [family, kind, high, low] = request;
+    let port = u16::from_be_bytes([high, low]);
+    match kind {
+        TCP => match connect(family, port).await {
+            Ok(mut guest) => {
+                host.write_all(&[CONNECTED]).await?;
+                copy_bidirectional_with_sizes(&mut host, &mut guest, BUFFER_BYTES, BUFFER_BYTES).await.map(drop)
+            }
+            Err(error) => refuse(host, error).await,
+        },
+        UDP => match datagram_socket(family, port).await {
+            Ok(guest) => {
+                host.write_all(&[CONNECTED]).await?;
+                relay_datagrams(host, &guest).await
+            }
+            Err(error) => refuse(host, error).await,
+        },
+        _ => refuse(host, io::ErrorKind::Unsupported.into()).await,
+    }
+}
+
+async fn refuse(mut host: BoxedConnection, error: io::Error) -> io::Result<()> {
+    host.write_all(&[REFUSED]).await?;
+    Err(error)
+}
+
+/// A socket for datagrams to and from a port alone. Whether anybody listens there shows when one has been sent.
+async fn datagram_socket(family: u8, port: u16) -> io::Result<UdpSocket> {
+    let own: SocketAddr = match family {
+        6 => (Ipv6Addr::LOCALHOST, 0).into(),
+        _ => (Ipv4Addr::LOCALHOST, 0).into(),
+    };
+    let socket = UdpSocket::bind(own).await?;
+    socket.connect((own.ip(), port)).await?;
+    Ok(socket)
+}
+
+/// Passes datagrams both ways until the host closes or nobody listens.
+async fn relay_datagrams(host: BoxedConnection, guest: &UdpSocket) -> io::Result<()> {
+    let (mut from_host, mut to_host) = tokio::io::split(host);
+    let inward = async {
+        let mut buffer = vec![0; MAX_DATAGRAM_BYTES];
+        loop {
+            let len = usize::from(from_host.read_u16().await?);
+            from_host.read_exact(&mut buffer[..len]).await?;
+            guest.send(&buffer[..len]).await?;
         }
-        Err(error) => {
-            host.write_all(&[REFUSED]).await?;
-            Err(error)
+    };
+    let outward = async {
+        let mut buffer = vec![0; MAX_DATAGRAM_BYTES];
+        loop {
+            let len = guest.recv(&mut buffer).await?;
+            // Datagrams are shorter than 64 KiB.
+            to_host.write_all(&[&(len as u16).to_be_bytes()[..], &buffer[..len]].concat()).await?;
         }
+    };
+    tokio::select! {
+        ended = inward => ended,
+        ended = outward => ended,
     }
 }
 
@@ -93,6 +146,40 @@ mod tests {
             host.read_to_string(&mut text).await.unwrap();
             assert_eq!(text, "back");
         }
+    }
+
+    #[tokio::test]
+    async fn datagrams_keep_their_bounds() {
+        for (family, address) in [(4, "127.0.0.1:0"), (6, "[::1]:0")] {
+            let Ok(listener) = UdpSocket::bind(address).await else {
+                eprintln!("skipped: no {address}");
+                continue;
+            };
+            let [high, low] = listener.local_addr().unwrap().port().to_be_bytes();
+            let (mut host, answer) = ask([family, UDP, high, low]).await;
+            assert_eq!(answer, CONNECTED);
+            host.write_all(&[0, 3, b'o', b'n', b'e', 0, 0, 0, 2, b'2', b'2']).await.unwrap();
+            let mut buffer = [0; 16];
+            let mut client = None;
+            for wanted in [&b"one"[..], b"", b"22"] {
+                let (len, from) = listener.recv_from(&mut buffer).await.unwrap();
+                assert_eq!(&buffer[..len], wanted);
+                client = Some(from);
+            }
+            listener.send_to(b"back", client.unwrap()).await.unwrap();
+            let mut framed = [0; 6];
+            host.read_exact(&mut framed).await.unwrap();
+            assert_eq!(&framed, b"\0\x04back");
+            // The end of the listener shows as that of the connection.
+            drop(listener);
+            host.write_all(&[0, 1, b'x']).await.unwrap();
+            assert_eq!(host.read(&mut buffer).await.unwrap(), 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_unknown_wish_is_refused() {
+        assert_eq!(ask([4, 9, 0, 80]).await.1, REFUSED);
     }
 
     #[tokio::test]

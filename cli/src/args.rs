@@ -107,10 +107,11 @@ pub(crate) struct Run {
     #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = crate::ulimit::parse)]
     pub ulimit: Vec<crate::ulimit::Limit>,
     /// The container's network: none; all interfaces of a namespace, netns:PATH; one that the CNI configuration of a
-    /// name makes, cni:NAME
-    #[arg(long, value_name = "NETWORK", default_value = "none")]
-    pub net: String,
-    /// Lead a port of the host to one of the container; needs a CNI network with the plugin portmap
+    /// name makes, cni:NAME; connections on the host by passt, user. By default run.network of Hull's settings, which is,
+    /// unless set, the first that CNI has, else user where passt is installed, else none
+    #[arg(long, value_name = "NETWORK", overrides_with = "net")]
+    pub net: Option<String>,
+    /// Lead a port of the host to one of the container; needs the network user, or a CNI one with the plugin portmap
     #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST[/udp]")]
     pub publish: Vec<String>,
     /// A name server for the container, instead of the namespace's or the host's

@@ -21,7 +21,7 @@ pub(crate) fn resolv_conf(network: &Network, servers: &[IpAddr], wants: String) 
     let path = match network {
         Network::None => return None,
         Network::Namespace(path) => path.strip_prefix(NAMESPACES).ok(),
-        Network::Cni { .. } => None,
+        Network::Cni { .. } | Network::User { .. } => None,
     };
     if !wants.is_empty() {
         return Some(wants);

@@ -5,7 +5,7 @@
 #![deny(unsafe_code)]
 
 /// Version of the protocol. Sides with equal majors understand each other; a minor only adds.
-pub const VERSION: (u32, u32) = (1, 3);
+pub const VERSION: (u32, u32) = (1, 4);
 
 /// The vsock port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -18,10 +18,15 @@ pub const READY_PORT: u32 = 1026;
 pub const READY_GREETING: &[u8] = b"hull-agent ready\n";
 
 /// The vsock port on which the agent takes connections for ports of the guest's loopback interface. The host writes the
-/// family that its client used (4 or 6), a zero and the port in network order, and reads one byte: [`FORWARD_CONNECTED`] or
-/// [`FORWARD_REFUSED`]. Since 1.1.
+/// family that its client used (4 or 6), [`FORWARD_TCP`] or [`FORWARD_UDP`] and the port in network order, and reads one byte:
+/// [`FORWARD_CONNECTED`] or [`FORWARD_REFUSED`]. Since 1.1.
 pub const FORWARD_PORT: u32 = 1027;
-/// From here on the connection is that to the guest's listener.
+/// A connection of the guest's is wanted.
+pub const FORWARD_TCP: u8 = 0;
+/// A socket for datagrams is wanted. Since 1.4.
+pub const FORWARD_UDP: u8 = 1;
+/// From here on the connection is that to the guest's listener; or each way a row of datagrams, each behind its length,
+/// 16 bits in network order.
 pub const FORWARD_CONNECTED: u8 = 0;
 /// Nobody listens there.
 pub const FORWARD_REFUSED: u8 = 1;

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -11,6 +11,8 @@ use hull_vmm_api::control::MAX_LINE_BYTES;
 pub use hull_vmm_api::control::{Counters, Request, Response, Status};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
+/// Most files with a request: an interface has no more queues.
+const MAX_FILES: usize = hull_vmm_api::config::MAX_NET_QUEUES;
 /// How long the VMM may take to answer: it does so from its event loop, which never waits for the guest.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -57,17 +59,20 @@ impl Control {
         self.answer()
     }
 
-    /// The same with an open file, which the request calls [`Attached(0)`](hull_vmm_api::config::Resource::Attached).
+    /// The same with open files, which the request calls [`Attached(0)`](hull_vmm_api::config::Resource::Attached) and so on:
+    /// at most 8.
     ///
     /// # Errors
     ///
     /// Those of [`Control::call`].
-    pub fn call_with(&mut self, request: &Request, file: impl AsFd) -> Result<Response, ControlError> {
+    pub fn call_with(&mut self, request: &Request, files: &[OwnedFd]) -> Result<Response, ControlError> {
         let line = line_of(request)?;
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
         let mut attached = SendAncillaryBuffer::new(&mut space);
-        let files = [file.as_fd()];
-        attached.push(SendAncillaryMessage::ScmRights(&files));
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        if !files.is_empty() && !attached.push(SendAncillaryMessage::ScmRights(&files)) {
+            return Err(ControlError::Connection(std::io::ErrorKind::InvalidInput.into()));
+        }
         let sent = sendmsg(self.stream.get_ref(), &[IoSlice::new(&line)], &mut attached, SendFlags::NOSIGNAL);
         let sent = sent.map_err(|errno| ControlError::Connection(errno.into()))?;
         self.stream.get_mut().write_all(&line[sent..]).map_err(ControlError::Connection)?;

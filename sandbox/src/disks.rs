@@ -175,10 +175,7 @@ impl Disks {
         // The VMM answers soon, but this thread has others to serve.
         let called = tokio::task::spawn_blocking(move || {
             let mut control = Control::connect(&control)?;
-            match file {
-                Some(file) => control.call_with(&request, &file),
-                None => control.call(&request),
-            }
+            control.call_with(&request, file.as_slice())
         });
         called.await.map_err(|error| ControlError::Connection(error.into()))?
     }

@@ -169,8 +169,8 @@ impl Configured {
         // A queue for each of the guest's CPUs.
         let network = || Ok(network::attach(&config.network, &config.id, config.cpus.into(), claim.dir())?);
         let started = trees.and_then(|()| network()).and_then(|mut network| {
-            let taps = network.as_mut().map(Attachment::take_taps).unwrap_or_default();
-            Ok((Vmm::spawn(&host, &config, &sockets, share.root(), taps, &extras)?, network))
+            let ends = network.as_mut().map(Attachment::take_ends).unwrap_or_default();
+            Ok((Vmm::spawn(&host, &config, &sockets, share.root(), ends, &extras)?, network))
         });
         match started {
             Ok((vmm, network)) => {
@@ -236,8 +236,7 @@ impl Booting {
         match outcome {
             Ok((agent, ready_us)) => {
                 if let Some(network) = &mut self.parts.network {
-                    network.forward(&self.sockets.vsock);
-                    network.follow(&agent);
+                    network.serve(&agent, &self.sockets.vsock, &self.sockets.control);
                 }
                 Ok(Running { parts: self.parts, agent, ready_us })
             }

@@ -19,7 +19,7 @@ use tokio::process::{Child, Command};
 use crate::config::SandboxConfig;
 use crate::console::Tail;
 use crate::host::Host;
-use crate::network::TapInterface;
+use crate::network::{HostEnd, device_name};
 use crate::sandbox::Extras;
 use crate::share::Caching;
 
@@ -91,13 +91,13 @@ impl Sockets {
 
 impl Vmm {
     /// Starts a VMM for `config`, whose share is the tree at `share`, parts of it with other caching being shares of their own, and
-    /// whose network interfaces are `taps`.
+    /// whose network interfaces have these `ends`.
     pub(crate) fn spawn(
         host: &Host,
         config: &SandboxConfig,
         sockets: &Sockets,
         share: &Path,
-        taps: Vec<TapInterface>,
+        ends: Vec<HostEnd>,
         extras: &Extras,
     ) -> Result<Self, VmmError> {
         let mut fds = Inherited::default();
@@ -124,7 +124,7 @@ impl Vmm {
             shares: [Caching::Auto].iter().chain(&extras.caching).map(|caching| share_of(*caching)).collect(),
             disks: fds.add_disks(&extras.disks)?,
             pmems: vec![PmemConfig { id: IMAGE_ID.into(), file: fds.add(open(&host.image, OFlags::RDONLY)?) }],
-            nets: taps.into_iter().enumerate().map(|(index, tap)| fds.add_net(index, tap)).collect(),
+            nets: ends.into_iter().enumerate().map(|(index, end)| fds.add_net(index, end)).collect(),
         };
         let control = fds.add_number(listen(&sockets.control)?.into());
         let lifeline = fds.add_number(lifeline_read);
@@ -284,10 +284,11 @@ impl Inherited {
         child_fd
     }
 
-    /// Adds a tap's descriptors and says how the configuration describes it.
-    fn add_net(&mut self, index: usize, tap: TapInterface) -> NetConfig {
-        let queues = tap.queues.into_iter().map(|queue| self.add(queue)).collect();
-        NetConfig { id: format!("net{index}"), queues, mac: tap.mac, mtu: tap.mtu }
+    /// Adds the descriptors of an interface's end and says how the configuration describes it.
+    fn add_net(&mut self, index: usize, end: HostEnd) -> NetConfig {
+        let HostEnd { backend, queues, mac, mtu } = end;
+        let queues = queues.into_iter().map(|queue| self.add(queue)).collect();
+        NetConfig { id: device_name(index), backend, queues, mac, mtu }
     }
 
     /// Opens disks and says how the configuration describes them.

@@ -9,7 +9,7 @@ use toml::Spanned;
 use toml::de::{DeValue, ValueDeserializer};
 
 use crate::origin::{Origin, Setting};
-use crate::value::{Allowed, HostNamespaces, KernelParams, Level, Number, Place};
+use crate::value::{Allowed, HostNamespaces, KernelParams, Level, Number, Place, RunNetwork};
 
 /// Virtual CPUs.
 pub type Vcpus = Number<1, { MAX_CPUS as u64 }>;
@@ -133,6 +133,12 @@ settings! {
         default_memory_mib: MemoryMib = MemoryMib::fixed(512),
         /// Words added to the guest kernel's command line, before those that a pod or `hull run` adds.
         kernel_params: KernelParams = KernelParams::default(),
+    }
+    /// The machines of `hull run` alone.
+    run: Run {
+        /// The network where --net is not given: "none", "user", "cni:NAME", or "auto": the first network of the CNI
+        /// configuration, else "user" where passt is installed, else "none".
+        network: RunNetwork = RunNetwork::Auto,
     }
     /// The machines of pods, and of what else containerd starts.
     pod: Pod {

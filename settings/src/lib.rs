@@ -26,9 +26,9 @@ use std::path::{Path, PathBuf};
 use hull_sandbox::host::{Host, Places};
 
 pub use example::example;
-pub use keys::{Described, Guest, Log, MemoryMib, OverheadMib, Paths, Pod, Seconds, Settings, SpareVcpus, Vcpus};
+pub use keys::{Described, Guest, Log, MemoryMib, OverheadMib, Paths, Pod, Run, Seconds, Settings, SpareVcpus, Vcpus};
 pub use origin::{Origin, Setting};
-pub use value::{ANNOTATIONS, Allowed, HYPERVISOR, HostNamespaces, KernelParams, Level, Number, Place};
+pub use value::{ANNOTATIONS, Allowed, HYPERVISOR, HostNamespaces, KernelParams, Level, Number, Place, RunNetwork};
 
 /// Where the files are, unless this variable of the environment says otherwise.
 pub const DIR: &str = "/etc/hull";

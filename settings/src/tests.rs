@@ -35,6 +35,17 @@ fn wrong(text: &str) -> String {
 }
 
 #[test]
+fn a_network_is_one_that_serves_any_number_of_containers() {
+    let network = |text: &str| Node::new([("config.toml", &format!("run.network = '{text}'")[..])]).read();
+    assert_eq!(network("cni:web").unwrap().run.network.value, RunNetwork::Fixed("cni:web".into()));
+    assert_eq!(network("auto").unwrap().run.network.value, RunNetwork::Auto);
+    for wrong in ["", "cni:", "netns:/run/netns/x", "host"] {
+        let error = network(wrong).unwrap_err().to_string();
+        assert!(error.contains("auto, none, user, cni:NAME"), "{error}");
+    }
+}
+
+#[test]
 fn without_files_the_defaults_are_in_force() {
     let dir = tempfile::tempdir().unwrap();
     assert_eq!(files(&dir.path().join("none")).unwrap(), Vec::<PathBuf>::new());

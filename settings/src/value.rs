@@ -124,6 +124,16 @@ pub enum HostNamespaces {
     Ignore,
 }
 
+/// The network of `hull run` where nothing says which.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum RunNetwork {
+    /// The first of those that the host has.
+    Auto,
+    /// This one, as `--net` takes it.
+    Fixed(String),
+}
+
 /// How much is logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", try_from = "String")]
@@ -140,6 +150,29 @@ impl TryFrom<String> for HostNamespaces {
 
     fn try_from(text: String) -> Result<Self, String> {
         choose(&text, [("refuse", Self::Refuse), ("ignore", Self::Ignore)])
+    }
+}
+
+impl TryFrom<String> for RunNetwork {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.strip_prefix("cni:") {
+            Some(name) if !name.is_empty() => Ok(Self::Fixed(text)),
+            _ => {
+                let fixed = || Self::Fixed(text.clone());
+                choose(&text, [("auto", Self::Auto), ("none", fixed()), ("user", fixed()), ("cni:NAME", fixed())])
+            }
+        }
+    }
+}
+
+impl From<RunNetwork> for String {
+    fn from(network: RunNetwork) -> Self {
+        match network {
+            RunNetwork::Auto => "auto".to_owned(),
+            RunNetwork::Fixed(text) => text,
+        }
     }
 }
 

@@ -186,6 +186,6 @@ fn a_plugin_that_fails_is_shown_and_undone() {
     run("cni:broken", &["-p", "1:1"]).failed(&["broken publishes no ports", "portmap"]);
     run("cni:none", &[]).failed(&["no network none", "test, broken"]);
     run("cni:test", &[]).failed(&["plugin \"bridge\" is not in", "CNI_PATH"]);
-    run("none", &["-p", "1:1"]).failed(&["-p needs a network"]);
+    run("none", &["-p", "1:1"]).failed(&["-p needs --net cni:NAME or --net user"]);
     assert!(!Path::new("/sys/class/net").join(network.bridge()).exists());
 }

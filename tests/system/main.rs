@@ -18,4 +18,5 @@ mod pull;
 mod settings;
 mod streams;
 mod tty;
+mod user_net;
 mod volumes;

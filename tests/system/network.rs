@@ -120,6 +120,145 @@ fn jumbo_packets_pass_whole() {
     assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);
 }
 
+#[test]
+fn a_vlan_of_the_hosts_is_an_interface_like_any_other() {
+    // The trunk stays on the host; what is moved in has its packets without tags.
+    let netns = Netns::empty();
+    host("ip link add httrunk0 type veth peer name httrunk1");
+    let _trunk = Trunk;
+    for end in ["httrunk0", "httrunk1"] {
+        host(&format!("ip link set {end} up"));
+        host(&format!("ip link add link {end} name {end}.7 type vlan id 7"));
+    }
+    host("ip addr add 172.31.22.1/24 dev httrunk0.7");
+    host("ip link set httrunk0.7 up");
+    host(&format!("ip link set httrunk1.7 netns {} name eth0", netns.name));
+    netns.ip("addr add 172.31.22.2/24 dev eth0");
+    netns.ip("link set eth0 up");
+    let said = run(&netns, "ping -c 2 -W 20 -s 1472 172.31.22.1");
+    assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);
+    // One whose trunk is in there too would get its packets twice.
+    netns.ip("link add link eth0 name eth0.8 type vlan id 8");
+    netns.ip("link set eth0.8 up");
+    run(&netns, "true").failed(&["interface eth0.8", "sits on another interface"]);
+    assert_eq!(netns.traces(), [""; 0]);
+}
+
+struct Trunk;
+
+impl Drop for Trunk {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "del", "httrunk0"]).output();
+    }
+}
+
+#[test]
+fn five_hundred_connections_are_open_at_once() {
+    const CONNECTIONS: usize = 500;
+    let netns = Netns::with_eth0(1500);
+    let program = format!(
+        "
+import socket
+server = socket.create_server(('0.0.0.0', 7000), backlog={CONNECTIONS})
+clients = [server.accept()[0] for _ in range({CONNECTIONS})]
+for client in clients: client.sendall(client.recv(16)[::-1])
+for client in clients: assert client.recv(16) == b''
+print('served', flush=True)
+"
+    );
+    let option = netns.option();
+    let container = Detached::start(["--memory", "256", "--net", &option, &debian(), "python3", "-c", &program]);
+    let address = format!("{}:7000", netns.address());
+    let mut streams = vec![connect(&address)];
+    streams.extend((1..CONNECTIONS).map(|_| TcpStream::connect(&address).unwrap()));
+    for (number, stream) in streams.iter_mut().enumerate() {
+        stream.write_all(format!("{number:04}").as_bytes()).unwrap();
+    }
+    for (number, stream) in streams.iter_mut().enumerate() {
+        let mut answer = [0; 4];
+        stream.read_exact(&mut answer).unwrap();
+        let wanted: Vec<u8> = format!("{number:04}").bytes().rev().collect();
+        assert_eq!(&answer[..], wanted);
+    }
+    drop(streams);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !hull(["logs", &container.id]).run().text().contains("served") {
+        assert!(Instant::now() < deadline, "{}", hull(["logs", &container.id]).run().stderr);
+    }
+}
+
+#[test]
+fn connections_that_one_side_has_forgotten_are_reset() {
+    let netns = Netns::with_eth0(1500);
+    // By the host: its end is closed with data on the way.
+    let listener = TcpListener::bind((netns.host_address(), 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let program = format!(
+        "
+import socket
+s = socket.create_connection(('{}', {port}))
+s.sendall(b'never read')
+try: print('ended', s.recv(1))
+except ConnectionResetError: print('reset')
+",
+        netns.host_address()
+    );
+    let resetting = std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        // What has arrived and is not read makes closing a reset.
+        while stream.peek(&mut [0; 16]).unwrap() < b"never read".len() {}
+    });
+    let option = netns.option();
+    let said = hull(["run", "--rm", "--memory", "256", "--net", &option, &debian(), "python3", "-c", &program]).run();
+    assert_eq!(said.ok(), "reset");
+    resetting.join().unwrap();
+
+    // By the guest: another one has come in its place, which knows nothing of the connection.
+    // Its input stays open, and with it the connection.
+    let first = stay(&netns, "while :; do sleep 1000 | nc -l -p 7000; done");
+    let mut stream = connect(&format!("{}:7000", netns.address()));
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let vmm = i32::try_from(first.inspect()["vmm_pid"].as_i64().unwrap()).unwrap();
+    // At once, so that it says no goodbye.
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(vmm), nix::sys::signal::Signal::SIGKILL).unwrap();
+    wait_gone(vmm);
+    drop(first);
+    let _second = stay(&netns, "sleep 1000");
+    stream.write_all(b"are you there?").unwrap();
+    let error = stream.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+/// A kernel module that the kernel does not find, until this is dropped.
+struct Hidden(&'static str);
+
+impl Hidden {
+    fn new(module: &'static str) -> Self {
+        std::fs::create_dir_all("/run/modprobe.d").unwrap();
+        std::fs::write("/run/modprobe.d/hull-test.conf", format!("install {module} /bin/false\n")).unwrap();
+        let hidden = Self(module);
+        host(&format!("rmmod {module}"));
+        hidden
+    }
+}
+
+impl Drop for Hidden {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file("/run/modprobe.d/hull-test.conf");
+        let _ = Command::new("modprobe").arg(self.0).status();
+    }
+}
+
+#[test]
+fn a_kernel_without_filters_is_named_with_what_to_load() {
+    let netns = Netns::with_eth0(1500);
+    let hidden = Hidden::new("cls_u32");
+    run(&netns, "true").failed(&["interface eth0", "lacks a part", "cls_u32"]);
+    assert_eq!(netns.traces(), [""; 0]);
+    drop(hidden);
+    run(&netns, "true").ok();
+}
+
 /// Bytes that follow from a seed, the same in Rust and Python: SHA-256 of a counter.
 fn block(seed: u8, number: u64) -> Vec<u8> {
     let digest = Sha256::digest([&[seed][..], &number.to_le_bytes()].concat());
@@ -229,6 +368,50 @@ while True:
 }
 
 #[test]
+fn datagrams_to_the_namespaces_loopback_reach_the_guest_and_are_answered() {
+    let netns = Netns::with_eth0(1500);
+    let server = "
+import socket, threading
+def serve(family, address):
+    s = socket.socket(family, socket.SOCK_DGRAM)
+    s.bind((address, 7000))
+    while True:
+        data, peer = s.recvfrom(70000)
+        s.sendto(data[::-1], peer)
+threading.Thread(target=serve, args=(socket.AF_INET, '127.0.0.1')).start()
+serve(socket.AF_INET6, '::1')
+";
+    let option = netns.option();
+    let container = Detached::start(["--memory", "256", "--net", &option, &debian(), "python3", "-c", server]);
+    // A client that hears its peer alone, and one that hears whoever answers; each with more than one datagram, one of
+    // them longer than a packet.
+    let client = "
+import socket, sys
+for family, address in ((socket.AF_INET, '127.0.0.1'), (socket.AF_INET6, '::1')):
+    peer = (address, 7000)
+    for connected in (True, False):
+        s = socket.socket(family, socket.SOCK_DGRAM)
+        s.settimeout(5)
+        if connected: s.connect(peer)
+        for data in (b'abc', b'0123456789' * 3000, b'x'):
+            s.send(data) if connected else s.sendto(data, peer)
+            answer, sender = s.recvfrom(70000)
+            assert answer == data[::-1] and sender[:2] == peer, (answer[:20], sender)
+print('answered')
+";
+    let deadline = Instant::now() + Duration::from_secs(90);
+    loop {
+        let output = Command::new("ip").args(["netns", "exec", &netns.name, "python3", "-c", client]).output().unwrap();
+        if output.stdout == b"answered\n" {
+            break;
+        }
+        // The listener may be a moment late.
+        assert!(Instant::now() < deadline, "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    hull(["rm", "-f", &container.id]).run().ok();
+}
+
+#[test]
 fn several_interfaces_keep_their_names() {
     let netns = Netns::with_eth0(1500);
     // A name that sorts and counts otherwise than the order of the interfaces.
@@ -305,6 +488,83 @@ fn changes_of_the_namespace_reach_the_guest() {
     // What was there from the start still is.
     let said = container.exec(["ping", "-c", "2", "-W", "20", &netns.host_address()]).run();
     assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);
+}
+
+/// Looks into a container by a shell script until it shows what is wanted.
+#[track_caller]
+fn look_until(container: &Detached, script: &str, holds: impl Fn(&str) -> bool) -> String {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let said = container.exec(["sh", "-c", script]).run();
+        let text = said.text();
+        if holds(&text) {
+            return text;
+        }
+        assert!(Instant::now() < deadline, "{text} {}", said.stderr);
+    }
+}
+
+#[test]
+fn an_interface_that_comes_later_is_the_guests_until_it_goes() {
+    let netns = Netns::with_eth0(1500);
+    let container = stay(&netns, "sleep 1000");
+    let devices = || container.exec(["sh", "-c", "ls /sys/bus/pci/devices | wc -l"]).run().ok();
+    let (before, at_rest) = (devices(), netns.traces());
+    // A tun, which no guest can have, is left where it is and is in nobody's way.
+    netns.ip("tuntap add dev tun0 mode tun");
+    netns.ip("link set tun0 up");
+    // The second time under the same name, which is another interface all the same.
+    for round in 1..=3 {
+        netns.add_veth("late", 1400);
+        netns.ip(&format!("addr add 172.31.20.{}/24 dev late", 10 + round));
+        netns.ip("route add 198.51.100.0/24 via 172.31.20.1 dev late");
+        host(&format!("ip addr add 172.31.20.1/24 dev {}", netns.host_end("late")));
+        let mac = netns.ip("-o link show late");
+        let mac = mac.split_whitespace().skip_while(|word| *word != "link/ether").nth(1).unwrap().to_owned();
+        let script = "cat /sys/class/net/late/address /sys/class/net/late/mtu; ip addr show dev late; ip route";
+        let said = look_until(&container, script, |said| said.contains("198.51.100.0/24 via 172.31.20.1 dev late"));
+        assert!(said.starts_with(&format!("{mac}\n1400\n")), "{said}");
+        assert!(said.contains(&format!("172.31.20.{}/24", 10 + round)), "{said}");
+        let said = container.exec(["ping", "-c", "2", "-W", "20", "-s", "1300", "172.31.20.1"]).run();
+        assert!(said.text().contains("2 packets received"), "round {round}: {} {}", said.text(), said.stderr);
+        netns.ip("link set late mtu 1350");
+        look_until(&container, "cat /sys/class/net/late/mtu", |said| said == "1350\n");
+        netns.ip("link del late");
+        look_until(&container, "ls /sys/class/net", |said| said.contains("eth0") && !said.contains("late"));
+        look_until(&container, "ls /sys/bus/pci/devices | wc -l", |said| said.trim() == before);
+        // The interface's own words are gone with it; the tap's go when the VMM lets go.
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while netns.traces() != at_rest {
+            assert!(Instant::now() < deadline, "{:?}", netns.traces());
+        }
+    }
+    let said = container.exec(["ping", "-c", "2", "-W", "20", &netns.host_address()]).run();
+    assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);
+    netns.ip("link del tun0");
+    drop(container);
+    assert_eq!(netns.traces(), [""; 0]);
+}
+
+#[test]
+fn the_only_interface_may_go_and_come_back() {
+    let netns = Netns::with_eth0(1500);
+    let container = stay(&netns, "sleep 1000");
+    netns.ip("link del eth0");
+    look_until(&container, "ls -d /sys/class/net/*/; ip route | wc -l", |said| said == "/sys/class/net/lo/\n0\n");
+    netns.add_veth("eth0", 1500);
+    netns.ip("addr add 172.31.21.2/24 dev eth0");
+    host(&format!("ip addr add 172.31.21.1/24 dev {}", netns.host_end("eth0")));
+    look_until(&container, "ip addr show dev eth0", |said| said.contains("172.31.21.2/24"));
+    let said = container.exec(["ping", "-c", "2", "-W", "20", "172.31.21.1"]).run();
+    assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);
+    // What has come is let go by a dead owner's heirs, too.
+    let record = container.inspect();
+    let id = |key: &str| i32::try_from(record[key].as_i64().unwrap()).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id("owner_pid")), nix::sys::signal::Signal::SIGKILL).unwrap();
+    wait_gone(id("owner_pid"));
+    wait_gone(id("vmm_pid"));
+    hull(["ps", "-a"]).run().ok();
+    assert_eq!(netns.traces(), [""; 0]);
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use hull_vmm_api::config::{
     CachePolicy, ConsoleConfig, CpusConfig, DiskConfig, MAX_CMDLINE_BYTES, MAX_CPUS, MAX_MEMORY_MIB, MAX_NET_QUEUES,
-    MIN_MEMORY_MIB, MacAddress, NetConfig, PmemConfig, Resource, ShareConfig, VmConfig, VsockConfig,
+    MIN_MEMORY_MIB, MacAddress, NetBackend, NetConfig, PmemConfig, Resource, ShareConfig, VmConfig, VsockConfig,
 };
 
 /// Longest mount tag (virtio 1.3, section 5.11.4).
@@ -129,7 +129,9 @@ pub struct PmemSettings {
 pub struct NetSettings {
     /// Name in control requests.
     pub id: String,
-    /// The tap's descriptors, one for each queue pair.
+    /// What the descriptors are.
+    pub backend: NetBackend,
+    /// The tap's descriptors, one for each queue pair, or the one socket of a stream.
     pub queues: Vec<OwnedFd>,
     /// Its address.
     pub mac: MacAddress,
@@ -248,6 +250,9 @@ impl Opener {
         if net.queues.is_empty() || net.queues.len() > MAX_NET_QUEUES {
             return Err(refuse(format!("{field}.queues"), format!("must be 1 to {MAX_NET_QUEUES} descriptors")));
         }
+        if net.backend == NetBackend::Stream && net.queues.len() != 1 {
+            return Err(refuse(format!("{field}.queues"), "a stream has one socket"));
+        }
         if net.mtu.is_some_and(|mtu| mtu < MIN_MTU) {
             return Err(refuse(format!("{field}.mtu"), format!("must be {MIN_MTU} or more")));
         }
@@ -255,11 +260,11 @@ impl Opener {
         for (index, queue) in net.queues.into_iter().enumerate() {
             let field = format!("{field}.queues[{index}]");
             if matches!(queue, Resource::Path(_)) {
-                return Err(refuse(field, "a tap must be a descriptor"));
+                return Err(refuse(field, "must be a descriptor"));
             }
             queues.push(self.open(&field, queue, &OpenOptions::new())?);
         }
-        Ok(NetSettings { id: net.id, queues, mac: net.mac, mtu: net.mtu })
+        Ok(NetSettings { id: net.id, backend: net.backend, queues, mac: net.mac, mtu: net.mtu })
     }
 
     fn console(&mut self, console: ConsoleConfig) -> Result<(File, Option<File>), ConfigError> {
@@ -483,6 +488,14 @@ mod tests {
         assert!(net(|net| net["mtu"] = 67.into()).starts_with("nets[0].mtu: "));
         assert!(net(|net| net["queues"] = serde_json::json!([])).starts_with("nets[0].queues: "));
         assert!(net(|net| net["queues"] = serde_json::json!([{"path": "/dev/net/tun"}])).contains("a descriptor"));
+        assert!(
+            net(|net| {
+                net["backend"] = "stream".into();
+                net["queues"] = serde_json::json!([{"fd": 9998}, {"fd": 9999}]);
+            })
+            .contains("one socket")
+        );
+        assert!(net(|net| net["backend"] = "vde".into()).contains("unknown variant `vde`"));
         assert!(net(|net| net["vlan"] = 1.into()).contains("unknown field `vlan`"));
     }
 

@@ -132,7 +132,8 @@ pub(crate) struct Rule {
 /// Makes the guest's network.
 pub(crate) fn set_up(network: &Network) -> Result<()> {
     let mut netlink = Netlink::open().step("open a netlink socket")?;
-    let indices = name_interfaces(&mut netlink, &network.interfaces)?;
+    let all: Vec<&Interface> = network.interfaces.iter().collect();
+    let indices = name_interfaces(&mut netlink, &all, |_| false)?;
     set_sysctls(&network.sysctls)?;
     for (interface, &index) in network.interfaces.iter().zip(&indices) {
         raise(&mut netlink, interface, index)?;
@@ -152,23 +153,21 @@ pub(crate) fn set_up(network: &Network) -> Result<()> {
     Ok(())
 }
 
-/// Makes the network `old` into `new`, whose interfaces are among those of `old`.
+/// Makes the network `old` into `new`. Devices of interfaces that come are there already; those of interfaces that go still
+/// are, or the kernel has taken along what belonged to them.
 pub(crate) fn update(old: &Network, new: &Network) -> Result<()> {
     let before = |name: &str| old.interfaces.iter().find(|interface| interface.name == name);
-    if let Some(unknown) = new.interfaces.iter().find(|interface| before(&interface.name).is_none()) {
-        return Err(Error::invalid("interfaces", format!("{} was not there from the start", unknown.name)));
-    }
     let mut netlink = Netlink::open().step("open a netlink socket")?;
     // Against the order in which they were made.
     for rule in gone(&old.rules, &new.rules) {
         remove(&mut netlink, rule_message(Request::removal, rule), "remove a routing rule")?;
     }
     for route in gone(&old.routes, &new.routes).rev() {
-        let hops = resolve(&route.next_hops)?;
+        let Ok(hops) = resolve(&route.next_hops) else { continue };
         remove(&mut netlink, route_message(Request::removal, route, &hops), "remove a route")?;
     }
     for interface in &old.interfaces {
-        let index = index_of(&interface.name)?;
+        let Ok(index) = index_of(&interface.name) else { continue };
         let now = new.interfaces.iter().find(|other| other.name == interface.name);
         let neighbours = now.map_or(&[][..], |now| &now.neighbours);
         for neighbour in gone(&interface.neighbours, neighbours) {
@@ -178,18 +177,21 @@ pub(crate) fn update(old: &Network, new: &Network) -> Result<()> {
             remove(&mut netlink, address_message(Request::removal, address, index), "remove an address")?;
         }
     }
+    // Their names come before their sysctls, which have them in their paths.
+    let come: Vec<&Interface> = new.interfaces.iter().filter(|interface| before(&interface.name).is_none()).collect();
+    name_interfaces(&mut netlink, &come, |name| before(name).is_some())?;
     let changed = new.sysctls.iter().filter(|(path, value)| old.sysctls.get(*path) != Some(value));
     set_sysctls(&changed.map(|(path, value)| (path.clone(), value.clone())).collect())?;
     for interface in &new.interfaces {
-        let Some(was) = before(&interface.name) else { continue };
+        let was = before(&interface.name);
         let index = index_of(&interface.name)?;
-        if was.mtu != interface.mtu {
+        if was.is_none_or(|was| was.mtu != interface.mtu) {
             raise(&mut netlink, interface, index)?;
         }
-        for address in gone(&interface.addresses, &was.addresses) {
+        for address in gone(&interface.addresses, was.map_or(&[][..], |was| &was.addresses)) {
             add_address(&mut netlink, interface, address, index)?;
         }
-        for neighbour in gone(&interface.neighbours, &was.neighbours) {
+        for neighbour in gone(&interface.neighbours, was.map_or(&[][..], |was| &was.neighbours)) {
             add_neighbour(&mut netlink, interface, neighbour, index)?;
         }
     }
@@ -219,9 +221,15 @@ fn remove(netlink: &mut Netlink, request: Request, step: &'static str) -> Result
 /// What the kernel says of a route, rule, neighbour or address that is not there.
 const ABSENT: [i32; 3] = [libc::ESRCH, libc::ENOENT, libc::EADDRNOTAVAIL];
 
-/// Finds the interfaces by their addresses and gives them their names; answers their indices.
-fn name_interfaces(netlink: &mut Netlink, interfaces: &[Interface]) -> Result<Vec<u32>> {
+/// Finds the interfaces by their addresses among those that have no name to be kept, and gives them their names; answers
+/// their indices.
+fn name_interfaces(
+    netlink: &mut Netlink,
+    interfaces: &[&Interface],
+    is_kept: impl Fn(&str) -> bool,
+) -> Result<Vec<u32>> {
     let mut present = present(Path::new(INTERFACES)).step("list the interfaces")?;
+    present.retain(|(_, name, _)| !is_kept(name));
     let mut found = Vec::new();
     for interface in interfaces {
         let at = present.iter().position(|(_, _, mac)| *mac == interface.mac);
@@ -474,10 +482,11 @@ mod tests {
     }
 
     #[test]
-    fn an_update_brings_no_new_interfaces() {
+    fn an_update_needs_the_devices_of_interfaces_that_come_and_not_of_those_that_went() {
         let new = Network { interfaces: vec![eth7()], ..Network::default() };
         let error = update(&Network::default(), &new).unwrap_err().to_string();
-        assert_eq!(error, "interfaces: eth7 was not there from the start");
+        assert_eq!(error, "no such interface for eth7");
+        assert!(update(&new, &Network::default()).is_ok());
         assert!(update(&Network::default(), &Network::default()).is_ok());
     }
 

@@ -9,11 +9,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use hull_sandbox::config::{SandboxConfig, check_name};
 use hull_sandbox::container::Streams;
 use hull_sandbox::host::Host;
-use hull_sandbox::network::Network;
-use hull_sandbox::network::cni::PortMapping;
+use hull_sandbox::network::cni::{self, PortMapping};
+use hull_sandbox::network::{Network, has_user};
 use hull_sandbox::registry::{Phase, Record};
 use hull_sandbox::share::{RootSource, enter_mount_namespace};
-use hull_settings::Settings;
+use hull_settings::{RunNetwork, Settings};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::args::{ProcessOptions, Run};
@@ -26,21 +26,28 @@ use crate::{Error, Outcome, terminal};
 
 /// The status of a program that Ctrl-C kept from starting: 128 + SIGINT.
 const INTERRUPTED: u8 = 130;
+/// The file in the state directory that has the network that was picked and said last.
+const NETWORK_SAID: &str = "default-network";
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 pub(super) fn run(args: Run, host: Host, settings: &Settings) -> Outcome {
     if args.detach && !args.detached_owner {
+        choose_network(args.net.as_deref(), settings).tell(&host);
         return detach();
     }
     let detached = args.detached_owner;
+    let network = choose_network(args.net.as_deref(), settings);
     if detached {
         // A session of its own keeps the owner from the signals of the user's terminal.
         rustix::process::setsid()?;
     }
     let prepared = (|| {
+        if !detached {
+            network.tell(&host);
+        }
         // Before any thread exists: mounts made from here on end with this process.
         enter_mount_namespace()?;
-        plan(args, host, settings)
+        plan(args, &network.text, host, settings)
     })();
     let outcome = prepared.and_then(|Prepared { plan, images: _images }| {
         let id = plan.record.id.clone();
@@ -70,7 +77,7 @@ struct Prepared {
     images: Vec<Image>,
 }
 
-fn plan(args: Run, host: Host, settings: &Settings) -> Result<Prepared, Error> {
+fn plan(args: Run, network: &str, host: Host, settings: &Settings) -> Result<Prepared, Error> {
     let mut words = args.words.into_iter();
     let store = Store::open(&host.data_dir)?;
     let image = match &args.rootfs {
@@ -143,7 +150,7 @@ fn plan(args: Run, host: Host, settings: &Settings) -> Result<Prepared, Error> {
         hostname: hostname.clone(),
         sysctls: HashMap::new(),
         kernel_params,
-        network: parse_network(&args.net, &args.publish)?,
+        network: parse_network(network, &args.publish)?,
         boot_timeout: Duration::from_secs(args.boot_timeout),
     };
     let files = Files { servers: args.dns, extra_hosts: args.add_host };
@@ -232,15 +239,57 @@ pub(super) fn streams(options: &ProcessOptions) -> Result<Streams, Error> {
     Ok(Streams::Terminal { columns, rows })
 }
 
-/// Reads `none`, `netns:PATH` or `cni:NAME`, and with the last the ports to publish.
+/// A network as `--net` takes it, and whether hull picked it itself.
+struct Choice {
+    text: String,
+    picked: bool,
+}
+
+/// What is asked for, or what the settings say, or the best that the host has.
+fn choose_network(asked: Option<&str>, settings: &Settings) -> Choice {
+    match (asked, &settings.run.network.value) {
+        (Some(text), _) => Choice { text: text.to_owned(), picked: false },
+        (None, RunNetwork::Fixed(text)) => Choice { text: text.clone(), picked: false },
+        (None, RunNetwork::Auto) => Choice { text: pick(cni::first(), has_user), picked: true },
+    }
+}
+
+fn pick(configured: Option<String>, has_user: impl FnOnce() -> bool) -> String {
+    match configured {
+        Some(name) => format!("cni:{name}"),
+        None if has_user() => "user".to_owned(),
+        None => "none".to_owned(),
+    }
+}
+
+impl Choice {
+    /// Says in one line what was picked, unless that has been said since the host started.
+    fn tell(&self, host: &Host) {
+        let said = host.state_dir.join(NETWORK_SAID);
+        if !self.picked || std::fs::read_to_string(&said).is_ok_and(|before| before == self.text) {
+            return;
+        }
+        let why = match self.text.as_str() {
+            "none" => ", since no network is configured for CNI and passt is not installed",
+            "user" => ", since no network is configured for CNI",
+            _ => ", the first that is configured",
+        };
+        eprintln!("hull: the network is {}{why}; --net or run.network of the settings says otherwise", self.text);
+        // Where it cannot be noted it is said again.
+        let _ = std::fs::create_dir_all(&host.state_dir).and_then(|()| std::fs::write(&said, &self.text));
+    }
+}
+
+/// Reads `none`, `netns:PATH`, `cni:NAME` or `user`, and with the last two the ports to publish.
 fn parse_network(text: &str, publish: &[String]) -> Result<Network, Error> {
     let ports = publish.iter().map(|text| parse_port(text)).collect::<Result<Vec<_>, _>>()?;
     match text.split_once(':') {
         Some(("cni", name)) if !name.is_empty() => Ok(Network::Cni { name: name.to_owned(), ports }),
-        _ if !ports.is_empty() => Err(format!("-p needs a network that CNI makes; --net is {text}").into()),
+        None if text == "user" => Ok(Network::User { ports }),
+        _ if !ports.is_empty() => Err(format!("-p needs --net cni:NAME or --net user; --net is {text}").into()),
         None if text == "none" => Ok(Network::None),
         Some(("netns", path)) if !path.is_empty() => Ok(Network::Namespace(std::path::absolute(path)?)),
-        _ => Err(format!("{text} is no network; use none, netns:PATH or cni:NAME").into()),
+        _ => Err(format!("{text} is no network; use none, netns:PATH, cni:NAME or user").into()),
     }
 }
 
@@ -316,10 +365,37 @@ mod tests {
         assert_eq!(parse("none").unwrap(), Network::None);
         assert_eq!(parse("netns:/run/netns/a:b").unwrap(), Network::Namespace("/run/netns/a:b".into()));
         assert_eq!(parse("cni:x").unwrap(), Network::Cni { name: "x".into(), ports: Vec::new() });
-        for text in ["", "netns", "netns:", "host", "none:", "cni:", "cni"] {
+        assert_eq!(parse("user").unwrap(), Network::User { ports: Vec::new() });
+        assert!(matches!(parse_network("user", &["1:2".to_owned()]), Ok(Network::User { ports }) if ports.len() == 1));
+        for text in ["", "netns", "netns:", "host", "none:", "cni:", "cni", "user:"] {
             assert!(parse(text).is_err(), "{text:?}");
         }
         assert!(parse_network("none", &["1:2".to_owned()]).is_err());
+    }
+
+    #[test]
+    fn what_is_configured_comes_before_passt() {
+        assert_eq!(pick(Some("web".into()), || unreachable!()), "cni:web");
+        assert_eq!(pick(None, || true), "user");
+        assert_eq!(pick(None, || false), "none");
+        let mut settings = Settings::default();
+        assert!(!choose_network(Some("none"), &settings).picked);
+        settings.run.network.value = RunNetwork::Fixed("user".into());
+        let choice = choose_network(None, &settings);
+        assert_eq!((choice.text.as_str(), choice.picked), ("user", false));
+    }
+
+    #[test]
+    fn what_was_picked_is_said_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let host = Host { state_dir: dir.path().join("state"), ..Host::discover().unwrap() };
+        let said = host.state_dir.join(NETWORK_SAID);
+        Choice { text: "user".into(), picked: false }.tell(&host);
+        assert!(!said.exists());
+        for text in ["user", "user", "cni:web"] {
+            Choice { text: text.into(), picked: true }.tell(&host);
+            assert_eq!(std::fs::read_to_string(&said).unwrap(), text);
+        }
     }
 
     #[test]

@@ -1,24 +1,25 @@
 //! The interfaces of one namespace in the hands of a sandbox.
 
+use std::collections::HashMap;
 use std::io;
-use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use hull_protocol::agent as wire;
 use hull_sandbox_sys::tap::{self, Tap};
-use hull_vmm_api::config::MacAddress;
+use hull_vmm_api::config::{MacAddress, NetBackend};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 
 use super::cni::Cni;
 use super::describe::{self, Link};
 use super::error::{NetworkError, interface_step, namespace_step};
-use super::follow::{Follower, Following};
+use super::follow::{Follower, Following, Known};
 use super::forward::{self, Forwarding};
 use super::netlink::Netlink;
 use super::redirect::{self, Found};
-use super::{Note, inside, rules, sysctls, write_note};
+use super::{Note, Redirected, inside, rules, sysctls, write_note};
 use crate::agent::Agent;
 
 /// Most interfaces of a sandbox: half of the places on the guest's bus.
@@ -26,9 +27,10 @@ pub(super) const MAX_INTERFACES: usize = 16;
 /// How taps are named; the kernel fills in a number.
 const TAP_PATTERN: &str = "hull%d";
 
-/// A tap for the VMM.
+/// The host's end of an interface, for the VMM.
 #[derive(Debug)]
-pub(crate) struct TapInterface {
+pub(crate) struct HostEnd {
+    pub(crate) backend: NetBackend,
     pub(crate) queues: Vec<OwnedFd>,
     pub(crate) mac: MacAddress,
     pub(crate) mtu: Option<u16>,
@@ -36,80 +38,156 @@ pub(crate) struct TapInterface {
 
 /// A namespace whose traffic goes to a sandbox, until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Attachment {
+pub(super) struct Taken {
     netlink: Netlink,
-    /// Indices of interfaces that may have a filter.
-    redirected: Vec<u32>,
-    taps: Vec<TapInterface>,
-    description: wire::Network,
-    links: Vec<Link>,
+    place: Place,
+    joined: Vec<Joined>,
     follower: Option<Follower>,
     following: Option<Following>,
     /// None where the host's kernel cannot.
     forwarding: Option<Forwarding>,
     forwarded: Option<forward::Running>,
-    note: PathBuf,
     pub(super) cni: Option<Cni>,
 }
 
-impl Attachment {
-    /// The taps, in the order in which the description has the interfaces. Once.
-    pub(crate) fn take_taps(&mut self) -> Vec<TapInterface> {
-        std::mem::take(&mut self.taps)
-    }
-
-    /// The addresses of global scope in the description.
-    pub(crate) fn addresses(&self) -> Vec<IpAddr> {
-        let addresses = self.description.interfaces.iter().flat_map(|interface| &interface.addresses);
-        let octets = addresses.filter(|address| address.scope == 0).map(|address| &address.address[..]);
-        let parse = |octets: &[u8]| match *octets {
-            [a, b, c, d] => Some(IpAddr::from([a, b, c, d])),
-            _ => <[u8; 16]>::try_from(octets).ok().map(IpAddr::from),
-        };
-        octets.filter_map(parse).collect()
-    }
-
+impl Taken {
     /// What the network's maker wants for name servers, as a resolv.conf; empty where it says nothing.
-    pub(crate) fn resolv_conf(&self) -> String {
+    pub(super) fn resolv_conf(&self) -> String {
         self.cni.as_ref().map(Cni::resolv_conf).unwrap_or_default()
     }
 
-    /// What the guest is to have.
-    pub(crate) fn description(&self) -> &wire::Network {
-        &self.description
-    }
-
-    /// Tells the agent, which was told of the description, of what changes in the namespace from now on. In a tokio
-    /// runtime.
-    pub(crate) fn follow(&mut self, agent: &Agent) {
-        let description = self.description.clone();
-        let start = |follower: Follower| follower.start(self.links.clone(), description, agent.clone());
-        match self.follower.take().map(start).transpose() {
-            Ok(following) => self.following = following,
+    /// Tells the agent, which was told of the description, and the VMM of what changes in the namespace from now on. In a
+    /// tokio runtime.
+    pub(super) fn follow(&mut self, agent: &Agent, description: wire::Network, control: PathBuf) {
+        let Some(follower) = self.follower.take() else { return };
+        let start = self.place.share().and_then(|place| {
+            let known = Known { place, joined: self.joined.clone(), told: description, agent: agent.clone(), control };
+            follower.start(known)
+        });
+        match start {
+            Ok(following) => self.following = Some(following),
             Err(error) => tracing::warn!("changes of the network are not followed: {error}"),
         }
     }
 
     /// Passes connections to the namespace's loopback addresses on to the guest behind the VMM's socket at `socket`, from
     /// now on. In a tokio runtime.
-    pub(crate) fn forward(&mut self, socket: &Path) {
+    pub(super) fn forward(&mut self, socket: &Path) {
         let started = self.forwarding.take().map(|forwarding| forwarding.start(socket.to_owned())).transpose();
         match started {
             Ok(running) => self.forwarded = running,
             Err(error) => tracing::warn!("connections to 127.0.0.1 do not reach the guest: {error}"),
         }
     }
+}
 
-    /// Makes a tap beside an interface and joins the two.
-    fn add_tap(&mut self, link: &Link, queues: usize) -> Result<TapInterface, NetworkError> {
+impl Drop for Taken {
+    /// Lets the interfaces go. The taps go with the VMM.
+    fn drop(&mut self) {
+        drop(self.following.take());
+        remove_all(&mut self.netlink, &self.place.redirected());
+        drop(self.cni.take());
+        // Gone with the sandbox's directory at the latest.
+        let _ = std::fs::remove_file(&self.place.note);
+    }
+}
+
+/// An interface and the tap beside it.
+#[derive(Clone, Debug)]
+pub(super) struct Joined {
+    pub(super) link: Link,
+    /// The tap's index.
+    pub(super) tap: u32,
+    /// The device's name in the VMM.
+    pub(super) device: String,
+}
+
+/// A namespace, and how its interfaces are taken.
+#[derive(Debug)]
+pub(super) struct Place {
+    path: PathBuf,
+    namespace: OwnedFd,
+    /// Most queues of an interface.
+    queues: usize,
+    /// Where it is noted which filters are to be removed after a death.
+    note: PathBuf,
+    /// The namespace's identity, if it outlives the sandbox.
+    identity: Option<(u64, u64)>,
+    /// Indices of interfaces that may have a filter.
+    redirected: Arc<Mutex<Vec<u32>>>,
+}
+
+impl Place {
+    pub(super) fn new(
+        path: &Path,
+        namespace: OwnedFd,
+        queues: usize,
+        note: PathBuf,
+        identity: Option<(u64, u64)>,
+    ) -> Self {
+        Self { path: path.to_owned(), namespace, queues, note, identity, redirected: Arc::default() }
+    }
+
+    /// The same place in other hands.
+    fn share(&self) -> io::Result<Self> {
+        let Self { path, namespace, queues, note, identity, redirected } = self;
+        Ok(Self {
+            path: path.clone(),
+            namespace: namespace.try_clone()?,
+            queues: *queues,
+            note: note.clone(),
+            identity: *identity,
+            redirected: redirected.clone(),
+        })
+    }
+
+    fn redirected(&self) -> Vec<u32> {
+        self.redirected.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes which interfaces may have a filter, and notes it.
+    fn change(&self, change: impl FnOnce(&mut Vec<u32>)) -> Result<(), NetworkError> {
+        let mut redirected = self.redirected.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut redirected);
+        let Some(identity) = self.identity else { return Ok(()) };
+        let noted = Redirected { namespace: self.path.clone(), identity, interfaces: redirected.clone() };
+        write_note(&self.note, &Note { redirected: Some(noted), cni: None })
+    }
+
+    /// Takes note that an interface has no filter any more.
+    pub(super) fn forget(&self, index: u32) -> Result<(), NetworkError> {
+        self.change(|redirected| redirected.retain(|other| *other != index))
+    }
+
+    /// Joins an interface that has come; answers its sysctls, too.
+    pub(super) fn join(
+        &self,
+        link: &Link,
+        device: String,
+    ) -> Result<(Joined, HostEnd, HashMap<String, String>), NetworkError> {
+        inside(&self.path, &self.namespace, || {
+            let mut netlink = Netlink::open().map_err(namespace_step("open a netlink socket"))?;
+            clear(&mut netlink, link)?;
+            self.change(|redirected| redirected.push(link.index))?;
+            let (joined, end) = self.add_tap(&mut netlink, link, device).inspect_err(|_| {
+                remove_all(&mut netlink, &[link.index]);
+            })?;
+            let mut sysctls = sysctls::read(std::iter::once(link.name.as_str()));
+            sysctls.retain(|path, _| path.split('/').any(|part| part == link.name));
+            Ok((joined, end, sysctls))
+        })?
+    }
+
+    /// Makes a tap beside an interface and joins the two, in the namespace.
+    fn add_tap(&self, netlink: &mut Netlink, link: &Link, device: String) -> Result<(Joined, HostEnd), NetworkError> {
         let step = |step| interface_step(&link.name, step);
         let mac = <[u8; 6]>::try_from(&link.mac[..]).ok().and_then(|mac| MacAddress::try_from(mac).ok());
         let mac = mac.ok_or(NetworkError::Unsupported {
             name: link.name.clone(),
             reason: "its address is not that of one interface; give it another one",
         })?;
-        let Tap { name, queues } = tap::create(TAP_PATTERN, queues).map_err(step("make a tap beside it"))?;
-        let tap = describe::links(&mut self.netlink)
+        let Tap { name, queues } = tap::create(TAP_PATTERN, self.queues).map_err(step("make a tap beside it"))?;
+        let tap = describe::links(netlink)
             .and_then(|links| links.into_iter().find(|link| link.name == name).ok_or(io::ErrorKind::NotFound.into()))
             .map_err(step("find the tap beside it"))?
             .index;
@@ -119,23 +197,14 @@ impl Attachment {
         change.header.flags = LinkFlags::Up;
         change.header.change_mask = LinkFlags::Up;
         change.attributes.push(LinkAttribute::Mtu(link.mtu));
-        self.netlink
+        netlink
             .call(RouteNetlinkMessage::SetLink(change), 0)
             .map_err(step("bring up the tap beside it with its MTU"))?;
         // First the way out, so that the first packet that comes in finds one for its answer.
-        redirect::add(&mut self.netlink, tap, link.index).map_err(step("redirect the guest's traffic to it"))?;
-        redirect::add(&mut self.netlink, link.index, tap).map_err(step("redirect its traffic to the guest"))?;
-        Ok(TapInterface { queues, mac, mtu: u16::try_from(link.mtu).ok() })
-    }
-}
-
-impl Drop for Attachment {
-    /// Lets the interfaces go. The taps go with the VMM.
-    fn drop(&mut self) {
-        remove_all(&mut self.netlink, &self.redirected);
-        drop(self.cni.take());
-        // Gone with the sandbox's directory at the latest.
-        let _ = std::fs::remove_file(&self.note);
+        redirect::add(netlink, tap, link.index).map_err(step("redirect the guest's traffic to it"))?;
+        redirect::add(netlink, link.index, tap).map_err(step("redirect its traffic to the guest"))?;
+        let end = HostEnd { backend: NetBackend::Tap, queues, mac, mtu: u16::try_from(link.mtu).ok() };
+        Ok((Joined { link: link.clone(), tap, device }, end))
     }
 }
 
@@ -151,45 +220,42 @@ pub(super) fn remove_all(netlink: &mut Netlink, indices: &[u32]) {
     }
 }
 
-/// Takes the interfaces of a namespace. `note` says what to write down before anything is done to these interfaces.
-pub(super) fn take(
-    path: &Path,
-    namespace: &OwnedFd,
-    queues: usize,
-    note_path: PathBuf,
-    note: impl FnOnce(Vec<u32>) -> Option<Note> + Send,
-) -> Result<Attachment, NetworkError> {
-    inside(path, namespace, || {
+/// Takes the interfaces of a namespace.
+pub(super) fn take(place: Place) -> Result<(Taken, Vec<HostEnd>, wire::Network), NetworkError> {
+    let (path, namespace) = (place.path.clone(), place.share().map_err(NetworkError::Make)?.namespace);
+    inside(&path, &namespace, || {
         let mut netlink = Netlink::open().map_err(namespace_step("open a netlink socket"))?;
         let (links, description) = look(&mut netlink)?;
         // From here on, so that nothing is missed between this look and the first announcement.
         let follower = Follower::open().map_err(namespace_step("listen for changes"))?;
-        let forwarding = Forwarding::open(namespace).inspect_err(|error| {
+        let forwarding = Forwarding::open(&namespace).inspect_err(|error| {
             tracing::warn!("connections to 127.0.0.1 in {} do not reach the guest: {error}", path.display());
         });
-        let redirected: Vec<u32> = links.iter().map(|link| link.index).collect();
-        if let Some(note) = note(redirected.clone()) {
-            write_note(&note_path, &note)?;
-        }
-        let mut attachment = Attachment {
+        // Before anything is done to them.
+        place.change(|redirected| redirected.extend(links.iter().map(|link| link.index)))?;
+        let mut taken = Taken {
             netlink,
-            redirected,
-            taps: Vec::new(),
-            description,
-            links: links.clone(),
+            place,
+            joined: Vec::new(),
             follower: Some(follower),
             following: None,
             forwarding: forwarding.ok(),
             forwarded: None,
-            note: note_path,
             cni: None,
         };
-        for link in &links {
-            let tap = attachment.add_tap(link, queues)?;
-            attachment.taps.push(tap);
+        let mut ends = Vec::new();
+        for (index, link) in links.iter().enumerate() {
+            let (joined, end) = taken.place.add_tap(&mut taken.netlink, link, device_name(index))?;
+            taken.joined.push(joined);
+            ends.push(end);
         }
-        Ok(attachment)
+        Ok((taken, ends, description))
     })?
+}
+
+/// What the VMM calls the device of the interface that was taken as number `index`, from 0.
+pub(crate) fn device_name(index: usize) -> String {
+    format!("net{index}")
 }
 
 /// Describes these interfaces, as far as they are still there, and the routes and rules of their namespace.
@@ -206,38 +272,50 @@ fn look(netlink: &mut Netlink) -> Result<(Vec<Link>, wire::Network), NetworkErro
     let mut description = describe_links(netlink, &links)?;
     description.sysctls = sysctls::read(links.iter().map(|link| link.name.as_str()));
     for link in &links {
-        let found = redirect::look(netlink, link.index).map_err(interface_step(&link.name, "read its filters"))?;
-        match found {
-            Found::Nothing => {}
-            Found::Live => return Err(NetworkError::Taken(link.name.clone())),
-            Found::Stale => redirect::remove(netlink, link.index)
-                .map_err(interface_step(&link.name, "remove the filter that a dead sandbox left"))?,
-        }
+        clear(netlink, link)?;
     }
     Ok((links, description))
 }
 
-/// The interfaces that the guest is to have. Those that are down carry nothing, such as the tunnels that some modules put
-/// into every namespace.
+/// Sees to it that nobody else has an interface, and removes what is left of a dead sandbox.
+fn clear(netlink: &mut Netlink, link: &Link) -> Result<(), NetworkError> {
+    let found = redirect::look(netlink, link.index).map_err(interface_step(&link.name, "read its filters"))?;
+    match found {
+        Found::Nothing => Ok(()),
+        Found::Live => Err(NetworkError::Taken(link.name.clone())),
+        Found::Stale => redirect::remove(netlink, link.index)
+            .map_err(interface_step(&link.name, "remove the filter that a dead sandbox left")),
+    }
+}
+
+/// The interfaces that the guest is to have.
 pub(super) fn chosen(links: Vec<Link>) -> Result<Vec<Link>, NetworkError> {
-    let up: Vec<u32> = links.iter().filter(|link| link.is_up).map(|link| link.index).collect();
-    let unsupported = |link: &Link, reason| Err(NetworkError::Unsupported { name: link.name.clone(), reason });
     let mut chosen = Vec::new();
-    for link in links {
-        // The bridge or bond above it is taken instead.
-        if link.is_loopback || !link.is_up || link.controller.is_some() {
-            continue;
+    for link in &links {
+        if is_for_guest(link, &links)? {
+            chosen.push(link.clone());
         }
-        if !link.is_ethernet || link.mac.len() != 6 {
-            return unsupported(&link, "it is not an Ethernet interface; take it down or out of the namespace");
-        }
-        if link.lower.is_some_and(|lower| up.contains(&lower)) {
-            return unsupported(&link, "it sits on another interface of the namespace; make it on the host instead");
-        }
-        chosen.push(link);
     }
     if chosen.len() > MAX_INTERFACES {
         return Err(NetworkError::TooMany { found: chosen.len(), most: MAX_INTERFACES });
     }
     Ok(chosen)
+}
+
+/// Whether the guest is to have an interface, one of `links`. Those that are down carry nothing, such as the tunnels that
+/// some modules put into every namespace.
+pub(super) fn is_for_guest(link: &Link, links: &[Link]) -> Result<bool, NetworkError> {
+    let unsupported = |reason| Err(NetworkError::Unsupported { name: link.name.clone(), reason });
+    // The bridge or bond above it is taken instead.
+    if link.is_loopback || !link.is_up || link.controller.is_some() {
+        return Ok(false);
+    }
+    if !link.is_ethernet || link.mac.len() != 6 {
+        return unsupported("it is not an Ethernet interface; take it down or out of the namespace");
+    }
+    let is_up = |index| links.iter().any(|other| other.index == index && other.is_up);
+    if link.lower.is_some_and(is_up) {
+        return unsupported("it sits on another interface of the namespace; make it on the host instead");
+    }
+    Ok(true)
 }

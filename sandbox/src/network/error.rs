@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::cni::CniError;
+use super::user::UserError;
 
 /// A network that a sandbox cannot have.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +68,9 @@ pub enum NetworkError {
     /// A network that CNI plugins were to make.
     #[error(transparent)]
     Cni(#[from] CniError),
+    /// A network that passt was to make.
+    #[error(transparent)]
+    User(#[from] UserError),
     /// A namespace cannot be made.
     #[error("cannot make a network namespace: {0}; hull must run as root")]
     Make(#[source] io::Error),

@@ -11,20 +11,23 @@
 //!                  └───────(redirect: ingress)────┘
 //! ```
 //!
-//! **Ends.** Taps go with their last descriptor, which the VMM has. The filters are removed when `Attachment` is dropped. An
+//! Where there is no namespace, passt can carry the guest's packets: see `user`.
+//!
+//! **Ends.** Taps go with their last descriptor, which the VMM has. The filters are removed when `Taken` is dropped. An
 //! owner that is killed leaves the filter at the interface, and a note in its directory by which `sweep` finds it; the next
 //! sandbox that gets the namespace removes it too.
 //!
-//! **Loopback.** Connections to a loopback address of the namespace, which no filter sees, are passed on by the owner:
-//! see `forward`.
+//! **Loopback.** Connections and datagrams to a loopback address of the namespace, which no filter sees, are passed on by
+//! the owner: see `forward` and `datagrams`.
 //!
-//! **Changes.** Addresses, routes and rules that come or go later are carried over too: see `follow`. Interfaces are not.
+//! **Changes.** Interfaces, addresses, routes and rules that come or go later are carried over too: see `follow`.
 //!
 //! **Threads.** A namespace is entered by a thread that ends afterwards. What is done later goes through a socket that the
 //! thread leaves behind, which keeps speaking of that namespace.
 
 mod attachment;
 pub mod cni;
+mod datagrams;
 mod describe;
 mod error;
 mod follow;
@@ -33,11 +36,14 @@ mod netlink;
 mod redirect;
 mod rules;
 mod sysctls;
+mod user;
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use hull_protocol::agent as wire;
 use hull_vmm_api::config::MAX_NET_QUEUES;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{LinkFlags, LinkMessage};
@@ -45,12 +51,15 @@ use rustix::fs::{Mode, OFlags};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::attachment::{Attachment, TapInterface};
-use self::attachment::{remove_all, take};
+pub(crate) use self::attachment::{HostEnd, device_name};
+use self::attachment::{Place, Taken, remove_all, take};
 use self::cni::{Cni, CniNote, PortMapping};
 pub use self::error::NetworkError;
 use self::error::namespace_step;
 use self::netlink::Netlink;
+use self::user::User;
+pub use self::user::UserError;
+use crate::agent::Agent;
 
 /// The loopback interface is the first of every namespace.
 const LOOPBACK_INDEX: u32 = 1;
@@ -72,6 +81,66 @@ pub enum Network {
         /// Ports of the host that lead to the sandbox.
         ports: Vec<PortMapping>,
     },
+    /// A program without privileges, passt, that makes the guest's connections on the host.
+    User {
+        /// Ports of the host that lead to the sandbox.
+        ports: Vec<PortMapping>,
+    },
+}
+
+/// A network in the hands of a sandbox, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Attachment {
+    ends: Vec<HostEnd>,
+    description: wire::Network,
+    held: Held,
+}
+
+/// What a network comes from.
+#[derive(Debug)]
+enum Held {
+    Namespace(Box<Taken>),
+    User(User),
+}
+
+impl Attachment {
+    /// The host's ends, in the order in which the description has the interfaces. Once.
+    pub(crate) fn take_ends(&mut self) -> Vec<HostEnd> {
+        std::mem::take(&mut self.ends)
+    }
+
+    /// What the guest is to have.
+    pub(crate) fn description(&self) -> &wire::Network {
+        &self.description
+    }
+
+    /// The addresses of global scope in the description.
+    pub(crate) fn addresses(&self) -> Vec<IpAddr> {
+        let addresses = self.description.interfaces.iter().flat_map(|interface| &interface.addresses);
+        let octets = addresses.filter(|address| address.scope == 0).map(|address| &address.address[..]);
+        let parse = |octets: &[u8]| match *octets {
+            [a, b, c, d] => Some(IpAddr::from([a, b, c, d])),
+            _ => <[u8; 16]>::try_from(octets).ok().map(IpAddr::from),
+        };
+        octets.filter_map(parse).collect()
+    }
+
+    /// What the network's maker wants for name servers, as a resolv.conf; empty where it says nothing.
+    pub(crate) fn resolv_conf(&self) -> String {
+        match &self.held {
+            Held::Namespace(taken) => taken.resolv_conf(),
+            Held::User(user) => user.resolv_conf(),
+        }
+    }
+
+    /// Carries over to the guest, whose agent has been told of the description and whose VMM serves these sockets, what
+    /// happens in the namespace from now on. In a tokio runtime.
+    pub(crate) fn serve(&mut self, agent: &Agent, vsock: &Path, control: &Path) {
+        if let Held::Namespace(taken) = &mut self.held {
+            taken.forward(vsock);
+            taken.follow(agent, self.description.clone(), control.to_owned());
+        }
+    }
 }
 
 /// What `sweep` needs to know.
@@ -105,6 +174,10 @@ pub(crate) fn attach(
         Network::None => Ok(None),
         Network::Namespace(path) => attach_namespace(path, queues, note).map(Some),
         Network::Cni { name, ports } => attach_cni(id, name, ports, queues, note).map(Some),
+        Network::User { ports } => {
+            let (user, end, description) = User::start(ports)?;
+            Ok(Some(Attachment { ends: vec![end], description, held: Held::User(user) }))
+        }
     }
 }
 
@@ -115,10 +188,8 @@ fn attach_namespace(path: &Path, queues: usize, note: PathBuf) -> Result<Attachm
     if own.is_ok_and(|own| own == identity) {
         return Err(NetworkError::Host(path.to_owned()));
     }
-    take(path, &namespace, queues, note, |interfaces| {
-        let redirected = Redirected { namespace: path.to_owned(), identity, interfaces };
-        Some(Note { redirected: Some(redirected), cni: None })
-    })
+    let (taken, ends, description) = take(Place::new(path, namespace, queues, note, Some(identity)))?;
+    Ok(Attachment { ends, description, held: Held::Namespace(Box::new(taken)) })
 }
 
 fn attach_cni(
@@ -135,9 +206,10 @@ fn attach_cni(
     cni.add()?;
     write(&cni)?;
     // The namespace goes with its owner, and the filters with it, so the note stays as it is.
-    let mut attachment = take(&cni.path(), cni.namespace(), queues, note, |_| None)?;
-    attachment.cni = Some(cni);
-    Ok(attachment)
+    let namespace = cni.namespace().try_clone().map_err(NetworkError::Make)?;
+    let (mut taken, ends, description) = take(Place::new(&cni.path(), namespace, queues, note, None))?;
+    taken.cni = Some(cni);
+    Ok(Attachment { ends, description, held: Held::Namespace(Box::new(taken)) })
 }
 
 /// Makes a network namespace that lives as long as it is open, or something is in it.
@@ -184,6 +256,12 @@ fn sweep_namespace(redirected: &Redirected) {
     if let Err(error) = undone.flatten() {
         tracing::warn!("left behind: {error}");
     }
+}
+
+/// Whether a network of the kind [`Network::User`] can be had here.
+#[must_use]
+pub fn has_user() -> bool {
+    user::program().is_some()
 }
 
 fn open(path: &Path) -> Result<OwnedFd, NetworkError> {

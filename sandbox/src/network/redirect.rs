@@ -9,6 +9,7 @@ use std::io;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use netlink_packet_route::tc::{
     TcAction, TcActionAttribute, TcActionMirror, TcActionMirrorOption, TcActionOption, TcActionType, TcAttribute,
     TcFilterU32, TcFilterU32Option, TcHandle, TcMessage, TcMirror, TcMirrorActionType, TcOption, TcU32Key,
@@ -181,6 +182,14 @@ fn filter(from: u32, to: u32) -> TcMessage {
         ]),
     ];
     filter
+}
+
+/// Gives a tap another MTU, that of the interface beside it.
+pub(super) fn resize(netlink: &mut Netlink, tap: u32, mtu: u32) -> io::Result<()> {
+    let mut change = LinkMessage::default();
+    change.header.index = tap;
+    change.attributes.push(LinkAttribute::Mtu(mtu));
+    netlink.call(RouteNetlinkMessage::SetLink(change), 0)
 }
 
 #[cfg(test)]

@@ -202,7 +202,7 @@ fn what_was_done_is_undone() {
     let dir = tempfile::tempdir().unwrap();
     let mut attachment = take_at(&namespace.path, 2, dir.path()).unwrap();
     assert_eq!(namespace.found(), Found::Live);
-    let taps = attachment.take_taps();
+    let taps = attachment.take_ends();
     assert_eq!((taps.len(), taps[0].queues.len(), taps[0].mtu), (1, 2, Some(1450)));
     assert!(attachment.description().sysctls.contains_key("ipv4/conf/eth0/rp_filter"));
     assert!(matches!(take_at(&namespace.path, 1, dir.path()), Err(NetworkError::Taken(name)) if name == "eth0"));
@@ -219,7 +219,7 @@ fn a_dead_owners_filter_is_swept() {
     let Some(mut namespace) = namespace() else { return };
     let dir = tempfile::tempdir().unwrap();
     let mut attachment = take_at(&namespace.path, 1, dir.path()).unwrap();
-    drop(attachment.take_taps());
+    drop(attachment.take_ends());
     // As if killed: nothing of it runs.
     std::mem::forget(attachment);
     assert_eq!(namespace.found(), Found::Stale);
@@ -232,7 +232,7 @@ fn the_next_sandbox_removes_what_a_dead_one_left() {
     let Some(mut namespace) = namespace() else { return };
     let dir = tempfile::tempdir().unwrap();
     let mut attachment = take_at(&namespace.path, 1, dir.path()).unwrap();
-    drop(attachment.take_taps());
+    drop(attachment.take_ends());
     std::mem::forget(attachment);
     let attachment = take_at(&namespace.path, 1, dir.path()).unwrap();
     assert_eq!(namespace.found(), Found::Live);

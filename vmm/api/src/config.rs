@@ -192,20 +192,36 @@ pub struct PmemConfig {
     pub file: Resource,
 }
 
-/// A tap of the host that the guest sees as a network interface through virtio-net.
+/// A network interface of the guest through virtio-net, whose other end is a tap of the host, or a program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
     /// Name of the device in control requests, unique in the VM.
     pub id: String,
-    /// Descriptors of `/dev/net/tun`, attached to one tap that was made with `IFF_TAP`, `IFF_NO_PI` and `IFF_VNET_HDR`: a
-    /// queue pair each, 1 to [`MAX_NET_QUEUES`]; of more than one with `IFF_MULTI_QUEUE`. Never a path.
+    /// What the descriptors are.
+    #[serde(default)]
+    pub backend: NetBackend,
+    /// Of a tap: descriptors of `/dev/net/tun`, attached to one tap that was made with `IFF_TAP`, `IFF_NO_PI` and
+    /// `IFF_VNET_HDR`: a queue pair each, 1 to [`MAX_NET_QUEUES`]; of more than one with `IFF_MULTI_QUEUE`. Of a stream: its
+    /// socket, and nothing else. Never a path.
     pub queues: Vec<Resource>,
     /// The interface's address in the guest.
     pub mac: MacAddress,
     /// The largest unit in bytes, 68 or more, which the guest's driver takes over; absent, it is told none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
+}
+
+/// What carries an interface's packets on the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NetBackend {
+    /// A tap.
+    #[default]
+    Tap,
+    /// A program behind a connected Unix stream socket, such as passt: each packet has its length before it, 32 bits in
+    /// network order, and no virtio header.
+    Stream,
 }
 
 /// The address of one Ethernet interface, not of a group; written `02:00:00:00:00:01`.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::thread;
 
+use hull_vmm_api::config::NetBackend;
 use hull_vmm_api::exit::ExitCode;
 use kvm_ioctls::Kvm;
 
@@ -184,8 +185,13 @@ pub(super) fn share(share: ShareSettings) -> Result<Box<dyn VirtioDevice>, Machi
 
 /// Makes a network interface.
 pub(super) fn net(net: NetSettings) -> Result<Box<dyn VirtioDevice>, MachineError> {
-    let NetSettings { id, queues, mac, mtu } = net;
-    match Net::new(&id, queues, mac.bytes(), mtu) {
+    let NetSettings { id, backend, mut queues, mac, mtu } = net;
+    let made = match (backend, queues.pop()) {
+        // The configuration has exactly one.
+        (NetBackend::Stream, Some(socket)) => Net::over_stream(&id, socket, mac.bytes(), mtu),
+        (_, last) => Net::new(&id, queues.into_iter().chain(last).collect(), mac.bytes(), mtu),
+    };
+    match made {
         Ok(net) => Ok(Box::new(net)),
         Err(error) => Err(MachineError::Device { id, why: error.to_string() }),
     }

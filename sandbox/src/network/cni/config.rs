@@ -41,6 +41,19 @@ pub(super) fn find(dir: &Path, name: &str) -> Result<NetworkList, CniError> {
     Err(CniError::Unknown { name: name.to_owned(), dir: dir.to_owned(), names })
 }
 
+/// The name of the first network among the files of `dir`, as containerd picks one.
+pub(super) fn first(dir: &Path) -> Option<String> {
+    // A directory that cannot be read configures nothing.
+    let files = files(dir).unwrap_or_default();
+    files.iter().find_map(|path| match read(path) {
+        Ok(list) => Some(list.name),
+        Err(error) => {
+            tracing::debug!("{error}");
+            None
+        }
+    })
+}
+
 /// The configuration files of a directory in their order.
 fn files(dir: &Path) -> Result<Vec<PathBuf>, CniError> {
     let read = |source| CniError::Read { path: dir.to_owned(), source };
@@ -148,6 +161,8 @@ mod tests {
         assert!(!one.wants_result_at_end());
         let test = find(dir.path(), "test").unwrap();
         assert!(test.maps_ports() && test.wants_result_at_end());
+        assert_eq!(first(dir.path()).as_deref(), Some("one"));
+        assert_eq!(first(Path::new("/no/such/dir")), None);
         let unknown = find(dir.path(), "other").unwrap_err().to_string();
         assert!(unknown.contains("one, test"), "{unknown}");
         assert!(matches!(find(dir.path(), "10-broken"), Err(CniError::Parse { .. })));

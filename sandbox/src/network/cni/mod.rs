@@ -116,6 +116,16 @@ pub(super) struct Cni {
     namespace: OwnedFd,
 }
 
+fn configurations() -> PathBuf {
+    std::env::var_os("NETCONFPATH").map_or_else(|| PathBuf::from(CONFIGURATIONS), PathBuf::from)
+}
+
+/// The name of the first network that is configured, by the names of files.
+#[must_use]
+pub fn first() -> Option<String> {
+    config::first(&configurations())
+}
+
 impl Cni {
     /// Finds the network called `name` and checks that it can do what is wanted. Nothing is done to the namespace yet.
     pub(super) fn find(
@@ -124,8 +134,7 @@ impl Cni {
         ports: &[PortMapping],
         namespace: OwnedFd,
     ) -> Result<Self, CniError> {
-        let dir = std::env::var_os("NETCONFPATH").map_or_else(|| PathBuf::from(CONFIGURATIONS), PathBuf::from);
-        let list = config::find(&dir, name)?;
+        let list = config::find(&configurations(), name)?;
         if !ports.is_empty() && !list.maps_ports() {
             return Err(CniError::NoPorts(name.to_owned()));
         }

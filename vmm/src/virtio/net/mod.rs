@@ -2,7 +2,7 @@
 //!
 //! `packet` says what a packet is and where it goes in guest memory, `control` what a driver may ask, `tap` is the
 //! host's end, and `worker` moves packets: from tap to guest memory and back by one system call each, without a copy
-//! of its own. There is a worker, a thread, for each queue pair. It lives from `activate` or `resume` to `deactivate`
+//! of its own. A `stream` takes the tap's place where an unprivileged program carries the packets. There is a worker, a thread, for each queue pair. It lives from `activate` or `resume` to `deactivate`
 //! or `pause`; it hands its queues back when it ends, so a paused device has no thread and holds no buffers.
 //!
 //! What the guest claims of a packet (checksum to be filled in, segments to be cut) goes to the host's kernel in the packet's
@@ -11,6 +11,7 @@
 
 mod control;
 mod packet;
+mod stream;
 mod tap;
 mod worker;
 
@@ -20,6 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use self::packet::{Lent, Receiving};
+use self::stream::Stream;
 pub use self::tap::TapError;
 use self::tap::{Queue, Tap};
 use self::worker::{Counters, Pair, Running, Shared, Worker};
@@ -131,6 +133,16 @@ impl Net {
         Self::with_queues(id, queues, mac, mtu).map_err(NetError::EventFd)
     }
 
+    /// An interface with this address, whose packets go over a connected Unix stream socket.
+    ///
+    /// # Errors
+    ///
+    /// When the descriptor is no socket.
+    pub fn over_stream(id: &str, socket: OwnedFd, mac: [u8; 6], mtu: Option<u16>) -> Result<Self, NetError> {
+        let stream = Stream::new(socket).map_err(|source| NetError::Tap { index: 0, source })?;
+        Self::with_queues(id, vec![Box::new(stream)], mac, mtu).map_err(NetError::EventFd)
+    }
+
     fn with_queues(id: &str, queues: Vec<Box<dyn Queue>>, mac: [u8; 6], mtu: Option<u16>) -> io::Result<Self> {
         let pairs = queues.into_iter().map(Pair::new).collect::<io::Result<Vec<_>>>()?;
         // Receive and transmit of each pair, then the control queue (section 5.1.2).
@@ -238,16 +250,7 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        let always = feature::CSUM
-            | feature::GUEST_CSUM
-            | feature::CTRL_GUEST_OFFLOADS
-            | feature::MAC
-            | feature::GUEST_TSO4
-            | feature::GUEST_TSO6
-            | feature::GUEST_ECN
-            | feature::HOST_TSO4
-            | feature::HOST_TSO6
-            | feature::HOST_ECN
+        let always = feature::MAC
             | feature::MRG_RXBUF
             | feature::STATUS
             | feature::CTRL_VQ
@@ -255,8 +258,7 @@ impl VirtioDevice for Net {
             | feature::CTRL_MAC_ADDR;
         let mtu = if self.mtu.is_some() { feature::MTU } else { 0 };
         let pairs = if self.shared.pairs.len() > 1 { feature::MQ } else { 0 };
-        let uso = if self.shared.pairs[0].tap.has_uso() { feature::GUEST_USO | feature::HOST_USO } else { 0 };
-        always | mtu | pairs | uso
+        always | mtu | pairs | self.shared.pairs[0].tap.features()
     }
 
     fn queue_sizes(&self) -> &[u16] {

@@ -11,7 +11,7 @@ pub(super) const HEADER_BYTES: usize = 12;
 const FLAGS_AT: usize = 0;
 const NUM_BUFFERS_AT: usize = 10;
 /// An Ethernet header.
-const ETHERNET_BYTES: usize = 14;
+pub(super) const ETHERNET_BYTES: usize = 14;
 /// Two VLAN tags.
 const TAG_BYTES: usize = 8;
 /// The longest packet that the driver must be ready for when it takes segments (section 5.1.6.3.1), header included.

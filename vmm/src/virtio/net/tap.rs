@@ -12,13 +12,13 @@ use super::packet::HEADER_BYTES;
 
 /// A queue of the host's network: packets go out and come in whole, each behind a virtio header of 12 bytes.
 ///
-/// Its descriptor is non-blocking; `readv` takes one packet from it, `writev` gives it one.
+/// Its descriptor is non-blocking.
 pub(super) trait Queue: Send + Sync {
-    /// The descriptor, for reading, writing and waiting.
+    /// The descriptor, for waiting.
     fn fd(&self) -> RawFd;
 
-    /// Whether the queue can be told to segment UDP (`VIRTIO_NET_F_HOST_USO`, `VIRTIO_NET_F_GUEST_USO4` and `6`).
-    fn has_uso(&self) -> bool;
+    /// The features of a device that need the host's help: checksums and segments that one side leaves to the other.
+    fn features(&self) -> u64;
 
     /// Lets the host leave to the guest what these feature bits say that it can do by itself: checksums, segments.
     /// Holds for all queues of the interface.
@@ -26,6 +26,40 @@ pub(super) trait Queue: Send + Sync {
 
     /// Has the host spread packets over this queue too, or no longer.
     fn set_attached(&self, attached: bool) -> io::Result<()>;
+
+    /// Takes one packet; answers its length, more than there was room for if it did not fit. Fails with
+    /// `ConnectionAborted` where the host's end is gone for good.
+    ///
+    /// # Safety
+    ///
+    /// `iovecs` must point to memory that stays mapped during the call and may change under everybody's hands.
+    unsafe fn read(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        // SAFETY: as the caller promises.
+        let len = unsafe { libc::readv(self.fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int) };
+        usize::try_from(len).map_err(|_| match io::Error::last_os_error() {
+            // The descriptor has no interface any more: somebody deleted it.
+            error if error.raw_os_error() == Some(libc::EBADFD) => io::ErrorKind::ConnectionAborted.into(),
+            error => error,
+        })
+    }
+
+    /// Gives one packet, which may wait for [`flush`](Self::flush).
+    ///
+    /// # Safety
+    ///
+    /// `iovecs` must point to memory that stays mapped during the call.
+    unsafe fn write(&self, iovecs: &[libc::iovec]) -> io::Result<()> {
+        // SAFETY: as the caller promises.
+        match unsafe { libc::writev(self.fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int) } {
+            0.. => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Sends what waits; `WouldBlock` where some of it has to wait until the descriptor can be written to.
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Why a descriptor cannot be used.
@@ -42,6 +76,9 @@ pub enum TapError {
     /// The interface was made in another way.
     #[error("the interface's flags are {0:#x}: a tap with IFF_NO_PI and IFF_VNET_HDR is needed")]
     Flags(u16),
+    /// Something else for a connection.
+    #[error("it is no socket; a network of the kind `stream` needs a connected Unix stream socket")]
+    NoSocket,
     /// Several descriptors of an interface for one.
     #[error("several queues need a tap that was made with IFF_MULTI_QUEUE")]
     SingleQueue,
@@ -100,8 +137,17 @@ impl Queue for Tap {
         self.fd.as_raw_fd()
     }
 
-    fn has_uso(&self) -> bool {
-        self.uso
+    fn features(&self) -> u64 {
+        let always = feature::CSUM
+            | feature::CTRL_GUEST_OFFLOADS
+            | feature::GUEST_CSUM
+            | feature::GUEST_TSO4
+            | feature::GUEST_TSO6
+            | feature::GUEST_ECN
+            | feature::HOST_TSO4
+            | feature::HOST_TSO6
+            | feature::HOST_ECN;
+        if self.uso { always | feature::GUEST_USO | feature::HOST_USO } else { always }
     }
 
     fn set_offloads(&self, features: u64) -> io::Result<()> {
@@ -143,37 +189,13 @@ fn offload_flags(features: u64) -> libc::c_ulong {
     libc::c_ulong::from(flags)
 }
 
-fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+pub(super) fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
     // SAFETY: the descriptor is open; both calls only concern its flags.
     let result = unsafe {
         let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
         libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK)
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// Takes one packet; answers its length, more than there was room for if it did not fit.
-///
-/// # Safety
-///
-/// `iovecs` must point to memory that stays mapped during the call and may change under everybody's hands.
-pub(super) unsafe fn read(fd: RawFd, iovecs: &[libc::iovec]) -> io::Result<usize> {
-    // SAFETY: as the caller promises.
-    let len = unsafe { libc::readv(fd, iovecs.as_ptr(), iovecs.len() as libc::c_int) };
-    usize::try_from(len).map_err(|_| io::Error::last_os_error())
-}
-
-/// Gives one packet.
-///
-/// # Safety
-///
-/// `iovecs` must point to memory that stays mapped during the call.
-pub(super) unsafe fn write(fd: RawFd, iovecs: &[libc::iovec]) -> io::Result<()> {
-    // SAFETY: as the caller promises.
-    match unsafe { libc::writev(fd, iovecs.as_ptr(), iovecs.len() as libc::c_int) } {
-        0.. => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 #[cfg(test)]
@@ -227,7 +249,7 @@ mod tests {
             let mut packet = [0_u8; 64];
             let parts = [libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() }];
             // SAFETY: the one part is a live buffer of that length.
-            let error = unsafe { read(taps[1].fd(), &parts) }.unwrap_err();
+            let error = unsafe { taps[1].read(&parts) }.unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
         }
     }

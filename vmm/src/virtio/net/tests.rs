@@ -28,8 +28,8 @@ impl Queue for FakeTap {
         std::os::fd::AsRawFd::as_raw_fd(&self.socket)
     }
 
-    fn has_uso(&self) -> bool {
-        true
+    fn features(&self) -> u64 {
+        feature::CSUM | feature::CTRL_GUEST_OFFLOADS | feature::ALL_GUEST_OFFLOADS | feature::HOST_USO
     }
 
     fn set_offloads(&self, features: u64) -> io::Result<()> {
@@ -417,5 +417,64 @@ proptest! {
         b.net.resume();
         b.net.deactivate();
         b.net.completed();
+    }
+}
+
+#[test]
+fn a_stream_carries_packets_and_offers_nothing_that_needs_headers() {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    theirs.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let memory = memory(0x80_0000);
+    let queue = |at, size| DriverQueue::new(&memory, at, size);
+    let (mut rx, mut tx) = (queue(0, QUEUE_SIZE), queue(0x1_0000, QUEUE_SIZE));
+    let control = queue(0x2_0000, CONTROL_QUEUE_SIZE);
+    let interrupt = Arc::new(FakeInterrupt::default());
+    let mut net = Net::over_stream("t", ours.into(), MAC, Some(65_520)).unwrap();
+    let offered = net.features();
+    let offloads = feature::CSUM | feature::HOST_TSO4 | feature::HOST_TSO6 | feature::HOST_USO;
+    assert_eq!(offered & (offloads | feature::ALL_GUEST_OFFLOADS | feature::CTRL_GUEST_OFFLOADS), 0, "{offered:#x}");
+    net.activate(activation(&memory, offered & !feature::MQ, &interrupt, &[&rx, &tx, &control])).unwrap();
+
+    // More than the socket holds, from a guest that kicks once and then waits.
+    let count = u64::from(QUEUE_SIZE);
+    let packet = |number: u64| vec![number as u8; 8000];
+    for number in 0..count {
+        let at = BUFFERS + number * 0x4000;
+        memory.write_slice(&[&[0; 12][..], &packet(number)].concat(), GuestAddress(at)).unwrap();
+        tx.add(&[(at, 8012, false)]);
+    }
+    tx.kick.write(1).unwrap();
+    let mut wire = &theirs;
+    for number in 0..count {
+        let mut frame = vec![0; 8004];
+        std::io::Read::read_exact(&mut wire, &mut frame).unwrap();
+        assert_eq!((&frame[..4], &frame[4..]), (&8000_u32.to_be_bytes()[..], &packet(number)[..]));
+    }
+    for _ in 0..count {
+        wait_used(&mut tx);
+    }
+
+    rx.add(&[(BUFFERS, 2048, true)]);
+    for index in 1..40 {
+        rx.add(&[(BUFFERS + index * 2048, 2048, true)]);
+    }
+    rx.kick.write(1).unwrap();
+    std::io::Write::write_all(&mut wire, &[&3000_u32.to_be_bytes()[..], &[7; 3000]].concat()).unwrap();
+    assert_eq!((wait_used(&mut rx).1, wait_used(&mut rx).1), (2048, 12 + 3000 - 2048));
+    let mut header = [0xee; 12];
+    memory.read_slice(&mut header, GuestAddress(BUFFERS)).unwrap();
+    assert_eq!(header, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0]);
+
+    // The end of the other side is a cable that is out.
+    drop(theirs);
+    let mut status = [0; 2];
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        net.read_config(6, &mut status);
+        if status == [0, 0] {
+            break;
+        }
+        assert!(Instant::now() < deadline, "the link is still up");
+        std::thread::yield_now();
     }
 }

@@ -181,13 +181,14 @@ impl Worker {
         if !self.pair().enabled.load(Ordering::Acquire) {
             return Wait::Forever;
         }
-        let fd = self.pair().tap.fd();
+        let shared = self.shared.clone();
+        let tap = &shared.pairs[self.index].tap;
         for _ in 0..BATCH {
             if !self.lent.fill(&mut self.rx) {
                 return Wait::Driver;
             }
             // SAFETY: the lent chains keep their memory mapped, and it is the guest's, whom the read may disturb.
-            match unsafe { tap::read(fd, self.lent.parts()) } {
+            match unsafe { tap.read(self.lent.parts()) } {
                 Ok(len) => {
                     let counters = &self.shared.counters;
                     match self.lent.deliver(&mut self.rx, len) {
@@ -208,9 +209,19 @@ impl Worker {
         Wait::Not
     }
 
-    /// Moves packets from the guest to the host.
+    /// Moves packets from the guest to the host, down to the last byte that the host takes now.
     fn send(&mut self) -> Wait {
-        let fd = self.pair().tap.fd();
+        let wait = self.send_batch();
+        match self.pair().tap.flush() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Wait::Host,
+            // Where the host's end is gone, whoever reads from it sees to that.
+            _ => wait,
+        }
+    }
+
+    fn send_batch(&mut self) -> Wait {
+        let shared = self.shared.clone();
+        let tap = &shared.pairs[self.index].tap;
         for _ in 0..BATCH {
             let Some(chain) = self.tx.pop() else { return Wait::Driver };
             let len = chain.readable_len();
@@ -218,7 +229,7 @@ impl Worker {
                 Ok(()) => {
                     let parts = chain.readable_iovecs(0, len);
                     // SAFETY: the chain keeps its memory mapped.
-                    unsafe { tap::write(fd, &parts) }
+                    unsafe { tap.write(&parts) }
                 }
                 Err(_) => Err(io::ErrorKind::InvalidInput.into()),
             };
@@ -246,9 +257,8 @@ impl Worker {
 
     /// What to do after a read that failed.
     fn after(&mut self, error: &io::Error) -> Wait {
-        match error.raw_os_error() {
-            // The descriptor has no interface any more: somebody deleted it.
-            Some(libc::EBADFD) => self.lose_link(),
+        match error.kind() {
+            io::ErrorKind::ConnectionAborted => self.lose_link(),
             // Buffers that the kernel cannot write to, though they are the guest's memory: this read's packet is lost.
             _ => {
                 count(&self.shared.counters.rx_dropped, 1);

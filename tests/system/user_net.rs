@@ -26,6 +26,8 @@ fn hull_in(netns: &Netns, resolv_conf: &Path, args: &[&str]) -> Hull {
 fn resolv_conf(contents: &str) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(&file, contents).unwrap();
+    // As that of a host: passt reads it as nobody.
+    std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(0o644)).unwrap();
     file
 }
 

@@ -109,7 +109,7 @@ impl Start {
 
     /// What is printed for containerd: where the shim listens, and what it speaks.
     pub(crate) fn answer(&self, socket: &str) -> Vec<u8> {
-        let address = format!("unix://{socket}");
+        let address = address(socket);
         if !self.by_message {
             let answer = serde_json::json!({ "version": TASK_V2, "address": address, "protocol": "ttrpc" });
             return answer.to_string().into_bytes();
@@ -118,6 +118,11 @@ impl Start {
         // Fails only where a required field is missing, which proto3 does not have.
         result.write_to_bytes().unwrap_or_default()
     }
+}
+
+/// A socket as containerd names it.
+pub(crate) fn address(socket: &str) -> String {
+    format!("unix://{socket}")
 }
 
 /// The path of a pod's socket, as containerd's own shim names it.

@@ -14,7 +14,7 @@ use hull_settings::Settings;
 use protobuf::{Message, MessageField};
 
 use crate::annotations::{self, Role};
-use crate::bootstrap::{self, Start};
+use crate::bootstrap::{self, Start, address};
 use crate::flags::Flags;
 use crate::{Trouble, spec};
 
@@ -22,6 +22,8 @@ use crate::{Trouble, spec};
 pub(crate) const PID_FILE: &str = "shim.pid";
 /// Beside it, the path of the socket.
 pub(crate) const SOCKET_FILE: &str = "shim.socket";
+/// In each container's bundle, where containerd 1.7 finds the shim again after a restart of its own; version 2 keeps what it was answered.
+const ADDRESS_FILE: &str = "address";
 /// The kernel's highest OOM score adjustment.
 const MAX_OOM_SCORE: i32 = 1000;
 
@@ -38,7 +40,10 @@ pub(crate) fn start(flags: &Flags) -> Result<Vec<u8>, Trouble> {
     if let Role::Member(sandbox) = role {
         let socket = start.socket_path(&flags.namespace, &sandbox);
         return match UnixStream::connect(&socket) {
-            Ok(_) => Ok(start.answer(&socket)),
+            Ok(_) => {
+                note(&bundle.join(ADDRESS_FILE), &address(&socket))?;
+                Ok(start.answer(&socket))
+            }
             Err(error) => Err(format!("the shim of the pod {sandbox} does not answer at {socket}: {error}").into()),
         };
     }
@@ -46,7 +51,9 @@ pub(crate) fn start(flags: &Flags) -> Result<Vec<u8>, Trouble> {
     Settings::load()?;
     let socket = start.socket_path(&flags.namespace, &flags.id);
     let listener = listen(&socket)?;
-    match note(&bundle.join(SOCKET_FILE), &socket).and_then(|()| spawn(flags, &start, &bundle, listener)) {
+    let noted =
+        note(&bundle.join(SOCKET_FILE), &socket).and_then(|()| note(&bundle.join(ADDRESS_FILE), &address(&socket)));
+    match noted.and_then(|()| spawn(flags, &start, &bundle, listener)) {
         Ok(()) => Ok(start.answer(&socket)),
         Err(error) => {
             let _ = std::fs::remove_file(&socket);
@@ -55,7 +62,7 @@ pub(crate) fn start(flags: &Flags) -> Result<Vec<u8>, Trouble> {
     }
 }
 
-/// Writes down what `delete` goes by.
+/// Writes down what `delete` or containerd goes by.
 fn note(path: &Path, text: &str) -> Result<(), Trouble> {
     std::fs::write(path, text).map_err(|error| format!("cannot write {}: {error}", path.display()).into())
 }

@@ -56,7 +56,7 @@ def run(*command, **options):
 def fio(path, jobs):
     """Bytes a second of each job; a job is a list of name, pattern, size and depth."""
     command = ["fio", "--output-format=json", f"--filename={path}", "--direct=1", "--ioengine=libaio", "--time_based",
-               f"--runtime={SECONDS}", f"--size={FILE_BYTES}", "--group_reporting=0", "--randrepeat=1"]
+               f"--runtime={SECONDS}", f"--size={FILE_BYTES}"]
     for name, pattern, size, depth in json.loads(jobs):
         command += [f"--name={name}", f"--rw={pattern}", f"--bs={size}", f"--iodepth={depth}", "--stonewall"]
     with tempfile.NamedTemporaryFile() as report:

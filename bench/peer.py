@@ -13,17 +13,16 @@ TIMEOUT_SECONDS = 900
 
 # The machine's first program: it does one piece of work and leaves the answer, or what it said instead, on the root.
 INIT = """#!/bin/sh
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t tmpfs tmpfs /run
-mkdir /run/tmp
 mount -t virtiofs share /share
 {command} >{answer}.new 2>&1
 echo $? >>{answer}.new
 mv {answer}.new {answer}
 sync
-echo o >/proc/sysrq-trigger
-sleep 100
+python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x1234567)'
 """
 
 

@@ -53,10 +53,6 @@ impl Running {
             // Of runc's containers containerd knows by then that they have ended, and at times not how.
             assert!(matches!(ended.exit_code, 7 | 255), "{handler}: {ended}");
         }
-        if is_hull(handler) {
-            // What runc's wrote without containerd is lost.
-            self.ender.logs("stdout F ended");
-        }
         // Not a line of the log is missing, and more come.
         let written = self.counter.log_lines().len();
         let lines = eventually("the log goes on", || match self.counter.log_lines() {

@@ -17,11 +17,6 @@ AGENT := $(abspath $(or $(CARGO_TARGET_DIR),target))/$(TARGET)/release/hull-agen
 STAGE := build/stage
 INSTALLED := $(RELEASE)/hull $(RELEASE)/hull-vmm $(RELEASE)/containerd-shim-hull-v2 build/kernel/vmlinux build/guest.img
 
-# Parts that are built before something is run, two at a time: a link, a kernel's last steps and a download leave a CPU idle each.
-# Neither cargo nor the kernel's make is to count what it starts against our two.
-unexport MAKEFLAGS
-PARTS := @$(MAKE) --no-print-directory -j2 PREFIX=$(PREFIX) CARGO=$(CARGO)
-
 .PHONY: help
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
@@ -53,10 +48,6 @@ guest-image: agent ## the guest's image, with the agent in it
 image: ## the OCI images that `make run` and the tests use, in build/images
 	rootfs/build-image
 
-.PHONY: lab
-lab: ## what the lab is made of, where this machine has no KVM of its own
-	@scripts/has-kvm || lab/build >/dev/null
-
 .PHONY: packages
 packages:
 	@scripts/apt-install gcc libc6-dev libseccomp-dev pkg-config
@@ -77,8 +68,7 @@ uninstall: ## remove what `make install` copied
 	rm -rf $(DESTDIR)$(PREFIX)/libexec/hull $(DESTDIR)$(PREFIX)/share/hull
 
 .PHONY: run
-run: ## run a program in a microVM; ARGS go to `hull run`
-	$(PARTS) build image lab
+run: build image ## run a program in a microVM; ARGS go to `hull run`
 	@scripts/run-example $(ARGS)
 
 .PHONY: check
@@ -89,13 +79,11 @@ check: packages ## format, lints, licences and versions of dependencies, documen
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --locked --document-private-items
 
 .PHONY: test
-test: ## run every test
-	$(PARTS) check build image lab
+test: build image ## run every test
 	tests/run
 
 .PHONY: bench
-bench: ## measure in the counted lab; writes build/bench.json
-	$(PARTS) build image lab
+bench: build image ## measure in the counted lab; writes build/bench.json
 	bench/run
 
 .PHONY: clean

@@ -13,7 +13,9 @@ use std::net::TcpStream;
 use std::path::Path;
 
 use fixture::cri::api::PortMapping;
-use fixture::cri::{Code, Executed, Pod, STDERR, STDIN, STDOUT, debian, eventually, handlers_and_runc, is_hull};
+use fixture::cri::{
+    Code, Executed, Pod, STDERR, STDIN, STDOUT, debian, eventually, handler_and_runc, handlers_and_runc, is_hull,
+};
 
 /// A port of the node that is published.
 const HOST_PORT: u16 = 18080;
@@ -96,7 +98,7 @@ fn a_container_is_reached_through_ports_and_probes() {
 
 #[test]
 fn exec_and_attach_carry_streams_terminals_and_the_exit_status() {
-    for handler in handlers_and_runc() {
+    for handler in handler_and_runc() {
         let pod = Pod::start(handler, |_| {});
         exec_and_attach_carry_streams(handler, &pod);
         a_terminal_has_a_size_and_passes_interrupts_on(handler, &pod);

@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use fixture::cri::api::{ContainerConfig, Device};
-use fixture::cri::{Pod, eventually, handlers_and_runc};
+use fixture::cri::{Pod, eventually, handler_and_runc};
 use fixture::netns::host;
 
 /// A disk of the node's; gone when dropped.
@@ -50,7 +50,7 @@ fn device(config: &mut ContainerConfig, host: &str, container: &str, permissions
 
 #[test]
 fn a_block_device_is_a_disk_of_the_guests_at_the_path_asked_for() {
-    for handler in handlers_and_runc() {
+    for handler in handler_and_runc() {
         let disk = Loop::new();
         let pod = Pod::start(handler, |_| {});
         let writer = pod.run("writer", "sleep 1000", |config| device(config, &disk.node, "/dev/data", "mrw"));
@@ -89,7 +89,7 @@ fn a_block_device_is_a_disk_of_the_guests_at_the_path_asked_for() {
 
 #[test]
 fn a_block_device_that_is_read_only_stays_so_whatever_the_container_may() {
-    for handler in handlers_and_runc() {
+    for handler in handler_and_runc() {
         let disk = Loop::with("--read-only");
         let pod = Pod::start(handler, |config| {
             config.linux.mut_or_insert_default().security_context.mut_or_insert_default().privileged = true;

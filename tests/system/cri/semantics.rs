@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use fixture::cri::api::{HugepageLimit, IDMapping, PodSandboxConfig, UserNamespace};
-use fixture::cri::{Code, Pod, Traces, cri, eventually, handlers_and_runc};
+use fixture::cri::{Code, Pod, Traces, cri, eventually, handler_and_runc, handlers_and_runc};
 
 /// How long an event may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -79,7 +79,8 @@ fn a_user_namespace_of_the_pods_is_refused_with_the_reason() {
 #[test]
 fn huge_page_limits_are_what_they_are_with_runc() {
     // containerd leaves them out unless its setting disable_hugetlb_controller is changed.
-    let seen: Vec<String> = handlers_and_runc()
+    let seen: Vec<String> = handler_and_runc()
+        .into_iter()
         .map(|handler| {
             let pod = Pod::start(handler, |_| {});
             let container = pod.run("main", "sleep 1000", |config| {
@@ -101,7 +102,8 @@ fn huge_page_limits_are_what_they_are_with_runc() {
 #[test]
 fn container_events_tell_the_same_life() {
     let events = cri().container_events();
-    let seen: Vec<Vec<String>> = handlers_and_runc()
+    let seen: Vec<Vec<String>> = handler_and_runc()
+        .into_iter()
         .map(|handler| {
             let pod = Pod::start(handler, |_| {});
             let container = pod.run("main", "exit 3", |_| {});

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 
-use fixture::cri::{Pod, handlers_and_runc, is_hull};
+use fixture::cri::{Pod, handler_and_runc, is_hull};
 
 /// What containers see of the emptyDirs in memory of a pod.
 #[derive(Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ struct Seen {
 
 #[test]
 fn an_empty_dir_in_memory_is_a_tmpfs_of_the_guests_own() {
-    let seen: Vec<Seen> = handlers_and_runc().map(in_memory).collect();
+    let seen: Vec<Seen> = handler_and_runc().into_iter().map(in_memory).collect();
     for other in &seen[1..] {
         assert_eq!(seen[0], *other);
     }

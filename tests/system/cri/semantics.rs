@@ -12,8 +12,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 fn sysctls_of_a_pod_hold_in_its_containers() {
     for handler in handlers_and_runc() {
         let sysctls = [
-            ("net.ipv4.tcp_syncookies", "0"),
-            ("net/ipv4/ip_unprivileged_port_start", "400"),
+            ("net/ipv4/tcp_syncookies", "0"),
+            // With dots, as containerd has it: of two spellings of one name either may come last.
+            ("net.ipv4.ip_unprivileged_port_start", "400"),
             ("kernel.shm_rmid_forced", "1"),
             ("fs.mqueue.msg_max", "17"),
         ];

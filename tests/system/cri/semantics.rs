@@ -40,6 +40,14 @@ fn sysctls_of_a_pod_hold_in_its_containers() {
     }
 }
 
+/// What is seen with each handler is what is seen with runc, which comes last.
+#[track_caller]
+fn all_alike(seen: &[String]) {
+    for other in seen {
+        assert_eq!(Some(other), seen.last());
+    }
+}
+
 #[test]
 fn low_ports_are_as_free_in_a_pod_as_with_runc() {
     // containerd 2 frees them for all pods, 1.7 does not.
@@ -52,9 +60,7 @@ fn low_ports_are_as_free_in_a_pod_as_with_runc() {
             seen
         })
         .collect();
-    for other in &seen {
-        assert_eq!(Some(other), seen.last());
-    }
+    all_alike(&seen);
 }
 
 #[test]
@@ -95,9 +101,7 @@ fn huge_page_limits_are_what_they_are_with_runc() {
             seen
         })
         .collect();
-    for other in &seen {
-        assert_eq!(Some(other), seen.last());
-    }
+    all_alike(&seen);
 }
 
 #[test]

@@ -2,8 +2,9 @@
 //!
 //! `packet` says what a packet is and where it goes in guest memory, `control` what a driver may ask, `tap` is the
 //! host's end, and `worker` moves packets: from tap to guest memory and back by one system call each, without a copy
-//! of its own. A `stream` takes the tap's place where an unprivileged program carries the packets. There is a worker, a thread, for each queue pair. It lives from `activate` or `resume` to `deactivate`
-//! or `pause`; it hands its queues back when it ends, so a paused device has no thread and holds no buffers.
+//! of its own. A `stream` takes the tap's place where an unprivileged program carries the packets; there packets are copied.
+//! There is a worker, a thread, for each queue pair. It lives from `activate` or `resume` to `deactivate` or `pause`; it
+//! hands its queues back when it ends, so a paused device has no thread and holds no buffers.
 //!
 //! What the guest claims of a packet (checksum to be filled in, segments to be cut) goes to the host's kernel in the packet's
 //! virtio header; the kernel reads that once and judges it. What the host may leave to the guest is set on the tap when the

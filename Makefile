@@ -67,6 +67,12 @@ uninstall: ## remove what `make install` copied
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,hull containerd-shim-hull-v2 containerd-shim-kata-v2)
 	rm -rf $(DESTDIR)$(PREFIX)/libexec/hull $(DESTDIR)$(PREFIX)/share/hull
 
+.PHONY: node-image
+node-image: build ## the image of the Helm chart's DaemonSet, in build/images/hull-node
+	rm -rf build/stage-node
+	$(MAKE) -s install DESTDIR=build/stage-node PREFIX=/usr/local
+	deploy/build-image build/stage-node build/images/hull-node
+
 .PHONY: run
 run: build image ## run a program in a microVM; ARGS go to `hull run`
 	@scripts/run-example $(ARGS)

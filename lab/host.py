@@ -66,7 +66,12 @@ class Shape:
         else:
             mode = ["-accel", "tcg,thread=multi", "-rtc", "base=utc,clock=host"]
         # With five-level paging on, Debian's kernel crashes.
-        return mode + ["-smp", str(self.cpus), "-m", str(self.memory_mib), "-cpu", "max,la57=off"]
+        model = "max,la57=off"
+        if not self.counted:
+            # Where the processor says that it repeats bytes fast, kernels and libraries copy and clear memory by single bytes, which
+            # QEMU does one at a time.
+            model += ",erms=off,fsrm=off,fzrm=off,fsrs=off,fsrc=off"
+        return mode + ["-smp", str(self.cpus), "-m", str(self.memory_mib), "-cpu", model]
 
 
 class Console:

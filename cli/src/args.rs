@@ -87,10 +87,11 @@ pub(crate) struct Run {
     /// guest.default_memory_mib of Hull's settings, which is 512 unless set
     #[arg(long, value_name = "MIB")]
     pub memory: Option<u64>,
-    /// Show a file or directory of the host to the container; options are ro, rw, noexec, nosuid, nodev and cache=never|auto|always
+    /// Show a file or directory of the host to the container; options are ro, rw, noexec, nosuid, nodev,
+    /// cache=never|auto|always, and uid=N and gid=N for the user and group of the host that the container's root is there
     #[arg(short, long, value_name = "SRC:DST[:OPTION,…]")]
     pub volume: Vec<String>,
-    /// Mount something: type=bind, tmpfs, image or disk, then src=, dst=, ro; for bind cache=, for tmpfs tmpfs-size= and
+    /// Mount something: type=bind, tmpfs, image or disk, then src=, dst=, ro; for bind cache=, uid=, gid=, for tmpfs tmpfs-size= and
     /// tmpfs-mode=, for disk fstype= (ext4 unless given)
     #[arg(long, value_name = "type=TYPE,…")]
     pub mount: Vec<String>,

@@ -5,7 +5,7 @@
 use std::collections::HashSet;
 use std::path::{Component, Path, PathBuf};
 
-use hull_sandbox::share::{Caching, Volume};
+use hull_sandbox::share::{Caching, Owners, Volume};
 
 use crate::Error;
 
@@ -138,9 +138,11 @@ impl Mounts {
         let needed = || source.ok_or_else(|| Error::from(format!("{text} has no source; say what with source=")));
         let kind = match fields.one(&["type"])? {
             Some("bind") => {
-                fields.only(text, &["cache"])?;
+                fields.only(text, &["cache", "uid", "gid"])?;
                 let caching = fields.one(&["cache"])?.map(caching).transpose()?.unwrap_or_default();
-                Kind::Bind(Volume { source: existing(needed()?)?, read_only }, caching)
+                let id = |name| fields.one(&[name])?.map(|value| id(name, value)).transpose();
+                let owners = Owners { uid: id("uid")?, gid: id("gid")? };
+                Kind::Bind(Volume { source: existing(needed()?)?, read_only, owners }, caching)
             }
             Some("tmpfs") => {
                 fields.only(text, &["tmpfs-size", "tmpfs-mode"])?;
@@ -242,6 +244,7 @@ fn volume(text: &str) -> Result<Mount, Error> {
         return Err(format!("{text} is no volume; write SRC:DST or SRC:DST:ro").into());
     };
     let (mut read_only, mut cache, mut options) = (false, Caching::default(), Vec::new());
+    let mut owners = Owners::default();
     for option in given.into_iter().flat_map(|given| given.split(',')) {
         match option.split_once('=') {
             None if option == "ro" => read_only = true,
@@ -250,15 +253,16 @@ fn volume(text: &str) -> Result<Mount, Error> {
             None if matches!(option, "z" | "Z" | "bind" | "rbind" | "private" | "rprivate") => {}
             None if FLAGS.contains(&option) => options.push(option.to_owned()),
             Some(("cache", value)) => cache = caching(value)?,
+            Some(("uid", value)) => owners.uid = Some(id("uid", value)?),
+            Some(("gid", value)) => owners.gid = Some(id("gid", value)?),
             _ => {
-                return Err(
-                    format!("{option} is no volume option; use ro, rw, cache=…, noexec, nosuid or nodev").into()
-                );
+                let known = "ro, rw, cache=…, uid=…, gid=…, noexec, nosuid or nodev";
+                return Err(format!("{option} is no volume option; use {known}").into());
             }
         }
     }
     options.insert(0, access(read_only));
-    let kind = Kind::Bind(Volume { source: existing(source)?, read_only }, cache);
+    let kind = Kind::Bind(Volume { source: existing(source)?, read_only, owners }, cache);
     Ok(Mount { destination: place(destination)?, kind, options })
 }
 
@@ -315,6 +319,12 @@ fn caching(text: &str) -> Result<Caching, Error> {
     }
 }
 
+/// A user or group of the host.
+fn id(name: &str, text: &str) -> Result<u32, Error> {
+    let number = text.parse().ok().filter(|id| *id != u32::MAX);
+    number.ok_or_else(|| format!("{name}={text} is no user or group of the host; write its number").into())
+}
+
 fn access(read_only: bool) -> String {
     if read_only { "ro" } else { "rw" }.to_owned()
 }
@@ -348,7 +358,7 @@ mod tests {
     }
 
     fn bind(read_only: bool, caching: Caching) -> Kind {
-        Kind::Bind(Volume { source: "/".into(), read_only }, caching)
+        Kind::Bind(Volume { source: "/".into(), read_only, ..Default::default() }, caching)
     }
 
     #[test]
@@ -357,6 +367,8 @@ mod tests {
         assert_eq!((mount.destination.as_str(), mount.kind), ("/data", bind(false, Caching::Auto)));
         let mount = volume("/:/data:ro,cache=never,noexec,z").unwrap();
         assert_eq!((mount.kind, mount.options), (bind(true, Caching::Never), vec!["ro".into(), "noexec".into()]));
+        let Kind::Bind(bound, _) = volume("/:/data:uid=1000,gid=50").unwrap().kind else { panic!("a directory") };
+        assert_eq!(bound.owners, Owners { uid: Some(1000), gid: Some(50) });
         for text in [
             "",
             "/",
@@ -368,6 +380,8 @@ mod tests {
             "/:/a:ro:z",
             "/no/such/thing:/a",
             "/:/a:cache=x",
+            "/:/a:uid=root",
+            "/:/a:gid=4294967295",
             "/:/a:U",
             "/:/a:shared",
         ] {

@@ -62,7 +62,7 @@ pub(crate) async fn supervise(plan: Plan, started: impl FnOnce()) -> Result<u8, 
     let Plan { host, config, mut record, program, content, streams, attach, remove } = plan;
     let network = config.network.clone();
     let extras = Extras { caching: content.mounts.caching(), disks: content.mounts.disks.clone() };
-    let booting = Configured::new(host, config)?.with(extras).start()?;
+    let booting = Configured::new(host, config)?.with(extras).start(signals.interruption()).await?;
     record.vmm_pid = booting.vmm_pid();
     let prepared = booting
         .claim()

@@ -34,5 +34,6 @@ pub mod network;
 pub mod registry;
 pub mod sandbox;
 pub mod share;
+mod turn;
 pub mod vmm;
 pub mod vsock;

@@ -15,6 +15,7 @@ use crate::host::{Host, HostError};
 use crate::network::{self, Attachment, NetworkError};
 use crate::registry::{Claim, Registry, RegistryError};
 use crate::share::{self, Caching, Share, ShareError};
+use crate::turn::Turn;
 use crate::vmm::{Sockets, Vmm, VmmError};
 
 /// How long a guest may take to write everything back and power off before its VMM is killed.
@@ -58,7 +59,7 @@ pub enum SandboxError {
         console: Vec<String>,
     },
     /// The caller changed its mind.
-    #[error("interrupted while the guest was booting")]
+    #[error("interrupted before the guest had booted")]
     Cancelled,
     /// The host has no randomness for the guest.
     #[error("cannot draw entropy for the guest: {0}")]
@@ -94,6 +95,8 @@ pub struct Booting {
     parts: Parts,
     sockets: Sockets,
     caching: Vec<Caching>,
+    /// Until its agent answers.
+    turn: Turn,
 }
 
 /// A sandbox whose agent answers.
@@ -149,14 +152,22 @@ impl Configured {
         &self.claim
     }
 
-    /// Starts the VM and returns while it boots. The calling process must be in a mount namespace of its own
-    /// ([`crate::share::enter_mount_namespace`]).
+    /// Starts the VM, unless `cancelled` comes first, and returns while it boots. Where many boot at once it waits for its turn. The
+    /// calling process must be in a mount namespace of its own ([`crate::share::enter_mount_namespace`]).
     ///
     /// # Errors
     ///
-    /// Fails where the VMM cannot be started; nothing is left behind then.
-    pub fn start(self) -> Result<Booting, SandboxError> {
+    /// Fails where the VMM cannot be started or `cancelled` has come; nothing is left behind then.
+    pub async fn start(self, cancelled: impl Future<Output = ()>) -> Result<Booting, SandboxError> {
         let Self { host, config, claim, extras } = self;
+        let turn = tokio::select! {
+            biased;
+            () = cancelled => {
+                claim.remove()?;
+                return Err(SandboxError::Cancelled);
+            }
+            turn = Turn::wait(&host.state_dir) => turn,
+        };
         let sockets = Sockets::in_dir(claim.dir());
         let share = match Share::create(claim.dir().join(share::DIR), claim.layers().to_owned()) {
             Ok(share) => share,
@@ -174,7 +185,8 @@ impl Configured {
         });
         match started {
             Ok((vmm, network)) => {
-                Ok(Booting { config, parts: Parts { vmm, network, share, claim }, sockets, caching: extras.caching })
+                let parts = Parts { vmm, network, share, claim };
+                Ok(Booting { config, parts, sockets, caching: extras.caching, turn })
             }
             Err(error) => {
                 share.remove()?;
@@ -233,6 +245,7 @@ impl Booting {
             () = cancelled => Err(SandboxError::Cancelled),
             outcome = self.set_up() => outcome,
         };
+        drop(self.turn);
         match outcome {
             Ok((agent, ready_us)) => {
                 if let Some(network) = &mut self.parts.network {

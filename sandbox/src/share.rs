@@ -14,10 +14,12 @@
 //! The mounts are made in a mount namespace of the owner's ([`enter_mount_namespace`]), so they end with it.
 
 use std::ffi::CString;
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use hull_protocol::SHARE_MOUNT_POINT;
+use hull_sandbox_sys::mounts;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -43,6 +45,16 @@ pub enum ShareError {
     /// The source of a volume or root.
     #[error("the volume source {path} cannot be used: {source}; it must exist")]
     Source {
+        /// The directory or file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The owners of a volume's files.
+    #[error(
+        "the owners of {path} cannot be mapped: {source}; it takes a file system such as ext4, xfs, btrfs or tmpfs, and Linux 5.12"
+    )]
+    Owners {
         /// The directory or file.
         path: PathBuf,
         /// Why not.
@@ -86,12 +98,44 @@ pub enum RootSource {
 }
 
 /// A directory or file of the host that a container sees.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Volume {
     /// On the host.
     pub source: PathBuf,
-    /// Whether the guest can change it: enforced on the host.
+    /// Whether the guest can change it, or anything mounted below it: enforced on the host.
     pub read_only: bool,
+    /// Who owns the files.
+    pub owners: Owners,
+}
+
+/// Who stands on the host for the container's root: the two change places, so that what either makes is the other's on the other side, and
+/// everybody else stays who they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Owners {
+    /// A user of the host; none, or root, changes nothing.
+    pub uid: Option<u32>,
+    /// A group of the host.
+    pub gid: Option<u32>,
+}
+
+impl Owners {
+    fn are_the_hosts(self) -> bool {
+        self.uid.unwrap_or(0) == 0 && self.gid.unwrap_or(0) == 0
+    }
+}
+
+/// A mapping in which `id` and 0 change places, for user_namespaces(7).
+fn swapped(id: Option<u32>) -> String {
+    // The highest number stands for no user at all.
+    const END: u32 = u32::MAX;
+    let Some(id) = id.filter(|id| *id != 0 && *id != END) else { return format!("0 0 {END}\n") };
+    let mut map = format!("0 {id} 1\n{id} 0 1\n");
+    for (first, count) in [(1, id - 1), (id + 1, END - id - 1)] {
+        if count > 0 {
+            map += &format!("{first} {first} {count}\n");
+        }
+    }
+    map
 }
 
 /// What the guest may cache of a volume.
@@ -175,7 +219,9 @@ impl Share {
         make_dir(&dir)?;
         make_dir(&target)?;
         match source {
-            RootSource::Directory(directory) => bind(directory, &target, false)?,
+            RootSource::Directory(directory) => {
+                bind(&Volume { source: directory.clone(), ..Default::default() }, &target)?
+            }
             RootSource::Layers(layers) => self.mount_overlay(container, layers, &target)?,
         }
         Ok(format!("{SHARE_MOUNT_POINT}/{container}/rootfs"))
@@ -194,7 +240,8 @@ impl Share {
         make_dir(&target)?;
         for file_system in file_systems {
             if file_system.is_bind() {
-                bind(Path::new(&file_system.source), &target, file_system.is_read_only())?;
+                let (source, read_only) = (file_system.source.clone().into(), file_system.is_read_only());
+                bind(&Volume { source, read_only, ..Default::default() }, &target)?;
             } else {
                 file_system.mount(&target).map_err(|errno| mount_error(&file_system.fstype, &target, errno))?;
             }
@@ -235,7 +282,7 @@ impl Share {
         } else {
             make_file(&target, b"")?;
         }
-        bind(&volume.source, &target, volume.read_only)?;
+        bind(volume, &target)?;
         Ok(format!("{}/{container}/volumes/{index}", caching.mount_point()))
     }
 
@@ -252,7 +299,7 @@ impl Share {
         match layers {
             [] => {}
             // Overlayfs wants two layers unless one can be written to.
-            [layer] => bind(layer, &target, true)?,
+            [layer] => bind(&Volume { source: layer.clone(), read_only: true, ..Default::default() }, &target)?,
             layers => {
                 overlay(layers, None, &target).map_err(|errno| mount_error("the image's layers", &target, errno))?;
             }
@@ -392,9 +439,11 @@ fn joined(layers: &[PathBuf]) -> Result<CString, Errno> {
     CString::new(option).map_err(|_| Errno::INVAL)
 }
 
-/// Makes `source` visible at `target` with everything mounted below it.
-fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), ShareError> {
-    let failed = |errno: Errno| ShareError::Source { path: source.to_owned(), source: errno.into() };
+/// Makes a volume visible at `target` with everything mounted below it. What it may not be used for is settled before it is there: the VMM,
+/// in a mount namespace of its own, gets a copy of each mount as it is when it comes.
+fn bind(volume: &Volume, target: &Path) -> Result<(), ShareError> {
+    let Volume { source, read_only, owners } = volume;
+    let failed = |source_error| ShareError::Source { path: source.clone(), source: source_error };
     let tree = rustix::mount::open_tree(
         rustix::fs::CWD,
         source,
@@ -402,14 +451,17 @@ fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), ShareError>
             | rustix::mount::OpenTreeFlags::OPEN_TREE_CLOEXEC
             | rustix::mount::OpenTreeFlags::AT_RECURSIVE,
     )
-    .map_err(failed)?;
-    rustix::mount::move_mount(&tree, "", rustix::fs::CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .map_err(|errno| mount_error(&source.display().to_string(), target, errno))?;
-    if read_only {
-        rustix::mount::mount_remount(target, MountFlags::BIND | MountFlags::RDONLY, "")
-            .map_err(|errno| mount_error(&source.display().to_string(), target, errno))?;
+    .map_err(|errno| failed(errno.into()))?;
+    if *read_only {
+        mounts::set_read_only(tree.as_fd()).map_err(failed)?;
     }
-    Ok(())
+    if !owners.are_the_hosts() {
+        let mapped = mounts::user_namespace(&swapped(owners.uid), &swapped(owners.gid))
+            .and_then(|namespace| mounts::map_owners(tree.as_fd(), &namespace));
+        mapped.map_err(|source_error| ShareError::Owners { path: source.clone(), source: source_error })?;
+    }
+    rustix::mount::move_mount(&tree, "", rustix::fs::CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .map_err(|errno| mount_error(&source.display().to_string(), target, errno))
 }
 
 fn mount_error(what: &str, path: &Path, errno: Errno) -> ShareError {
@@ -439,6 +491,20 @@ mod tests {
     fn joins_layers_top_first_and_escapes_what_separates_them() {
         let layers = [PathBuf::from("/a:b"), PathBuf::from("/c,d"), PathBuf::from("/e")];
         assert_eq!(joined(&layers).unwrap().as_bytes(), br"/e:/c\,d:/a\:b");
+    }
+
+    #[test]
+    fn one_user_and_root_change_places_and_nobody_else() {
+        assert_eq!(swapped(None), "0 0 4294967295\n");
+        assert_eq!(swapped(Some(0)), swapped(None));
+        assert_eq!(swapped(Some(1)), "0 1 1\n1 0 1\n2 2 4294967293\n");
+        assert_eq!(swapped(Some(1000)), "0 1000 1\n1000 0 1\n1 1 999\n1001 1001 4294966294\n");
+        assert_eq!(swapped(Some(u32::MAX - 1)), "0 4294967294 1\n4294967294 0 1\n1 1 4294967293\n");
+        for id in [None, Some(1), Some(1000), Some(u32::MAX - 1)] {
+            let counts =
+                swapped(id).lines().map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum::<u64>();
+            assert_eq!(counts, u64::from(u32::MAX), "{id:?}");
+        }
     }
 
     #[test]

@@ -11,9 +11,9 @@ use containerd_shim_protos::shim_async::create_task;
 use hull_sandbox::host::Host;
 use hull_sandbox::share::enter_mount_namespace;
 use hull_settings::{Level, Settings};
-use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, Service};
 
+use crate::connections::Connections;
 use crate::events::Publisher;
 use crate::flags::Flags;
 use crate::pod::Pod;
@@ -22,8 +22,11 @@ use crate::streams::STREAMING;
 use crate::task::TaskService;
 use crate::{Trouble, launch};
 
-/// How long answers that are on their way may take at the end.
+/// How long clients may take at the end to read what they were answered and to close.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a shim waits for its pod to be created. containerd asks for that as soon as it has the address; one that was
+/// killed just then may know nothing of the shim when it comes back.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Threads for what blocks for a moment: opening connections to the guest.
 const BLOCKING_THREADS: usize = 4;
 /// What they do is shallow.
@@ -58,12 +61,20 @@ pub(crate) fn run(flags: &Flags) -> Result<(), Trouble> {
 async fn serve(flags: &Flags, host: Host, settings: Settings, listener: UnixListener) -> Result<(), Trouble> {
     let publisher = Publisher::start(&std::env::var("TTRPC_ADDRESS")?, &flags.namespace);
     let pod = Pod::new(&flags.pod, &flags.namespace, host, settings, publisher);
-    let mut server = Server::new().add_listener(Listener::try_from(listener)?).register_service(services(&pod));
+    let connections = Connections::default();
+    let mut server = Server::new().add_listener(connections.listener(listener)?).register_service(services(&pod));
     server.start().await?;
+    let unclaimed = pod.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(CREATE_TIMEOUT).await;
+        unclaimed.shutdown().await;
+    });
     pod.finished().await;
-    if tokio::time::timeout(SHUTDOWN_TIMEOUT, server.shutdown()).await.is_err() {
+    if tokio::time::timeout(SHUTDOWN_TIMEOUT, connections.closed()).await.is_err() {
         tracing::debug!("clients still hold connections");
     }
+    // With those that are left, no answer is on its way any more.
+    let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, server.shutdown()).await;
     Ok(())
 }
 

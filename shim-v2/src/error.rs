@@ -120,6 +120,7 @@ fn of_agent(error: &AgentError) -> Code {
 fn of_share(error: &ShareError) -> Code {
     match error {
         ShareError::Namespace(source)
+        | ShareError::Owners { source, .. }
         | ShareError::Source { source, .. }
         | ShareError::Mount { source, .. }
         | ShareError::Make { source, .. } => of_io(source),

@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use hull_settings::Settings;
+use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
 use crate::annotations::{self, Role};
@@ -141,7 +142,36 @@ pub(crate) fn info() -> Result<Vec<u8>, Trouble> {
     let info = RuntimeInfo {
         name: "io.containerd.hull.v2".to_owned(),
         version: MessageField::some(version),
+        features: MessageField::some(features()?),
         ..Default::default()
     };
     Ok(info.write_to_bytes()?)
+}
+
+/// What containerd tells the kubelet that pods may ask for, as the OCI runtime specification has it (features.md). Go packs what is not
+/// a message as JSON.
+fn features() -> Result<Any, Trouble> {
+    let features = serde_json::json!({
+        "ociVersionMin": "1.0.0",
+        "ociVersionMax": "1.2.0",
+        "hooks": ["startContainer"],
+        "mountOptions": [
+            "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "noatime", "nodev", "nodiratime", "noexec",
+            "norelatime", "nosuid", "private", "rbind", "relatime", "ro", "rprivate", "rro", "rslave", "rw", "slave", "strictatime",
+            "suid", "sync",
+        ],
+        "linux": {
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
+            "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false },
+            "seccomp": { "enabled": true },
+            "apparmor": { "enabled": false },
+            "selinux": { "enabled": false },
+            "mountExtensions": { "idmap": { "enabled": true } },
+        },
+    });
+    Ok(Any {
+        type_url: "types.containerd.io/opencontainers/runtime-spec/1/features/Features".to_owned(),
+        value: serde_json::to_vec(&features)?,
+        ..Default::default()
+    })
 }

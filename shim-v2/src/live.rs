@@ -213,7 +213,7 @@ mod tests {
         fs::create_dir_all(source.join("..1")).unwrap();
         fs::write(source.join("..1/key"), "value").unwrap();
         std::os::unix::fs::symlink("..1", source.join("..data")).unwrap();
-        Volume { source, read_only: true }
+        Volume { source, read_only: true, ..Default::default() }
     }
 
     #[test]
@@ -235,7 +235,7 @@ mod tests {
         let writable = Volume { read_only: false, ..volume.clone() };
         assert!(LiveVolume::take(&writable, "c", 0, &[]).is_none());
         // A part of a volume (subPath) is another directory, whose changes nobody sees with any runtime.
-        let part = Volume { source: volume.source.join("..1/key"), read_only: true };
+        let part = Volume { source: volume.source.join("..1/key"), ..volume.clone() };
         assert!(LiveVolume::take(&part, "c", 0, &[]).is_none());
         fs::write(volume.source.join("large"), vec![0; MAX_FILES_BYTES]).unwrap();
         assert!(LiveVolume::take(&volume, "c", 0, &[]).is_none());

@@ -13,6 +13,7 @@
 mod annotations;
 mod bootstrap;
 mod clear;
+mod connections;
 mod daemon;
 mod error;
 mod events;

@@ -92,7 +92,7 @@ impl Vm {
             network,
             boot_timeout: boot.timeout,
         };
-        let booting = Configured::new(boot.host, config)?.start()?;
+        let booting = Configured::new(boot.host, config)?.start(std::future::pending()).await?;
         let prepared = match prepare(booting.share()) {
             Ok(prepared) => prepared,
             Err(error) => {

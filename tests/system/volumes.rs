@@ -1,7 +1,7 @@
 //! Files and directories of the host, as the container sees them.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 
 use fixture::{Said, debian, hull};
 
@@ -101,6 +101,30 @@ fn an_ordinary_user_makes_files_of_their_own() {
     .ok();
     let f = fs::metadata(dir.path().join("d/f")).unwrap();
     assert_eq!((f.uid(), f.gid(), f.mode() & 0o7777), (66, 77, 0o640));
+}
+
+#[test]
+fn a_user_of_the_host_stands_for_the_containers_root_where_one_is_named() {
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    for (name, uid, gid) in [("theirs", 1000, 50), ("roots", 0, 0), ("others", 33, 44)] {
+        fs::write(dir.path().join(name), "").unwrap();
+        chown(dir.path().join(name), Some(uid), Some(gid)).unwrap();
+    }
+    chown(dir.path(), Some(1000), Some(50)).unwrap();
+    let program = "
+import os
+for name in '.', 'theirs', 'roots', 'others':
+    found = os.stat('/v/' + name); print(found.st_uid, found.st_gid)
+os.mkdir('/v/new'); os.mkdir('/v/given'); os.chown('/v/given', 1000, 7)
+";
+    let volume = format!("{}:/v:uid=1000,gid=50", dir.path().display());
+    let said = hull(["run", "--rm", "--memory", "256", "-v", &volume, &debian(), "python3", "-c", program]).run();
+    assert_eq!(said.ok(), "0 0\n0 0\n1000 50\n33 44");
+    let owner = |name| fs::metadata(dir.path().join(name)).map(|found| (found.uid(), found.gid())).unwrap();
+    assert_eq!((owner("new"), owner("given")), ((1000, 50), (0, 7)));
+    hull(["run", "--rm", "-v", "/proc:/v:uid=1000", &debian(), "true"])
+        .run()
+        .failed(&["the owners of /proc cannot be mapped"]);
 }
 
 #[test]

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::live::{Followers, LiveVolume};
 use crate::memory::MemoryVolumes;
 use crate::process::{Body, Exit, Process};
-use crate::spec;
+use crate::spec::{self, user_namespace};
 use crate::streams::{Ends, Pumps, Stdio};
 use crate::vm::{Boot, Guest, Vm, sandbox_name};
 
@@ -47,6 +47,7 @@ impl Pod {
     /// Fails where the specification or a stream cannot be honoured or the VM does not come up; nothing is left then.
     pub(crate) async fn create(self: &Arc<Self>, request: Create) -> Result<u32> {
         let _lifecycle = self.lifecycle.lock().await;
+        self.lock().check_open()?;
         let bundle = PathBuf::from(&request.bundle);
         let spec = spec::read(&bundle)?;
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
@@ -109,8 +110,10 @@ impl Pod {
             return Err(Error::Exists(format!("the pod {} has a virtual machine already", self.id)));
         }
         spec::check_host_namespaces(&spec, self.settings.pod.host_namespaces.value)?;
-        if is_sandbox && spec::has_user_namespace(&spec) {
-            return Err(spec::user_namespace_wanted());
+        // Nothing runs in its root, but it was made as those of its containers will be.
+        let options = request.rootfs.iter().flat_map(|mount| &mount.options);
+        if is_sandbox && spec::has_user_namespace(&spec) && !user_namespace::is_mapped(options) {
+            return Err(user_namespace::changed_owners());
         }
         let notes = spec.annotations().clone().unwrap_or_default();
         let limits = if is_sandbox { Limits::of_sandbox(&notes)? } else { own_limits(&spec) };
@@ -302,7 +305,8 @@ impl Plan {
     }
 
     /// Fills the tree and makes the guest's specification.
-    fn prepare(&self, share: &Share, mut spec: Spec) -> Result<Prepared> {
+    fn prepare(mut self, share: &Share, mut spec: Spec) -> Result<Prepared> {
+        user_namespace::absorb(&mut spec, &mut self.rootfs)?;
         let root = if self.rootfs.is_empty() {
             let path = spec.root().as_ref().map_or(Path::new("rootfs"), |root| root.path());
             let path = self.bundle.join(path);

@@ -71,6 +71,8 @@ struct State {
     cgroup: Option<Cgroup>,
     /// The pod's network namespace on the host.
     network_namespace: Option<PathBuf>,
+    /// The shim is about to end.
+    is_closed: bool,
 }
 
 #[derive(Debug)]
@@ -111,10 +113,10 @@ impl Pod {
         let _ = self.finished.subscribe().wait_for(|finished| *finished).await;
     }
 
-    /// Ends the shim, unless there are containers or a sandbox left.
+    /// Ends the shim, unless there are containers or a sandbox left. Nothing can be created in it from then on.
     pub(crate) async fn shutdown(self: &Arc<Self>) {
         let _lifecycle = self.lifecycle.lock().await;
-        if self.lock().is_in_use() {
+        if !self.lock().close() {
             return;
         }
         self.stop_vm().await;
@@ -223,5 +225,24 @@ impl State {
     /// Whether somebody still relies on the shim.
     fn is_in_use(&self) -> bool {
         !self.containers.is_empty() || self.sandbox.is_some()
+    }
+
+    /// Lets nothing more be created, unless somebody still relies on the shim; returns whether it was this call that did.
+    fn close(&mut self) -> bool {
+        let closes = !self.is_in_use() && !self.is_closed;
+        self.is_closed |= closes;
+        closes
+    }
+
+    /// # Errors
+    ///
+    /// Fails once the shim is about to end.
+    fn check_open(&self) -> Result<()> {
+        if self.is_closed {
+            return Err(Error::State(
+                "the pod's shim is about to end, as nothing was left in it; start another".into(),
+            ));
+        }
+        Ok(())
     }
 }

@@ -73,6 +73,7 @@ impl Pod {
         self.check_sandbox_id(&request.id)?;
         let sandbox = Sandbox::new(request, &self.settings)?;
         let mut state = self.lock();
+        state.check_open()?;
         if state.sandbox.is_some() || state.vm.is_some() {
             return Err(Error::Exists(format!("there is a sandbox {} already", self.id)));
         }
@@ -233,9 +234,6 @@ impl Sandbox {
             .map_err(|error| Error::Invalid(format!("the sandbox's configuration is broken: {error}")))?;
         let linux = config.linux.get_or_default();
         let modes = linux.security_context.get_or_default().namespace_options.get_or_default();
-        if modes.userns_options.get_or_default().mode == NamespaceMode::POD.into() && modes.userns_options.is_some() {
-            return Err(spec::user_namespace_wanted());
-        }
         for (mode, name) in [
             (modes.network, "network (hostNetwork)"),
             (modes.pid, "processes (hostPID)"),
@@ -344,19 +342,6 @@ mod tests {
             context.namespace_options.mut_or_insert_default().pid = NamespaceMode::NODE.into();
         });
         assert!(made(request).unwrap_err().to_string().contains("hostPID"));
-    }
-
-    #[test]
-    fn a_user_namespace_of_the_pods_is_refused_by_name_and_the_nodes_is_not() {
-        let request = |mode: NamespaceMode| {
-            config(|config| {
-                let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
-                let options = context.namespace_options.mut_or_insert_default();
-                options.userns_options.mut_or_insert_default().mode = mode.into();
-            })
-        };
-        assert!(made(request(NamespaceMode::POD)).unwrap_err().to_string().contains("hostUsers"));
-        made(request(NamespaceMode::NODE)).unwrap();
     }
 
     #[test]

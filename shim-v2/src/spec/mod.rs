@@ -7,6 +7,7 @@ mod devices;
 mod hooks;
 mod mounts;
 mod resources;
+pub(crate) mod user_namespace;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -47,15 +48,6 @@ pub(crate) fn check_host_namespaces(spec: &Spec, setting: HostNamespaces) -> Res
     ];
     let wanted = kinds.into_iter().filter(|(kind, _)| namespace(spec, *kind).is_none());
     wanted.map(|(_, name)| name).try_for_each(|name| host_namespace_wanted(name, setting))
-}
-
-/// What is said of a user namespace: the files of its containers have owners that only the node's kernel can map.
-pub(crate) fn user_namespace_wanted() -> Error {
-    Error::Invalid(
-        "a pod in a virtual machine has no user namespace of its own (hostUsers: false): its root is not the host's root \
-         anyway"
-            .into(),
-    )
 }
 
 /// Whether there is to be a user namespace of its own.
@@ -117,9 +109,6 @@ fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<&LinuxNamespace> {
 pub(crate) fn translate(mut spec: Spec, root: &str, mut place: impl FnMut(&Placed) -> Result<String>) -> Result<Spec> {
     if let Some(hooks) = spec.hooks() {
         hooks::check(hooks)?;
-    }
-    if namespace(&spec, LinuxNamespaceType::User).is_some_and(|user| user.path().is_some()) {
-        return Err(user_namespace_wanted());
     }
     if let Some(spec_root) = spec.root_mut() {
         spec_root.set_path(root.into());
@@ -216,15 +205,10 @@ mod tests {
     }
 
     #[test]
-    fn a_user_namespace_of_the_pods_is_refused_and_a_containers_own_is_made_in_the_guest() {
-        let with = |user: Value| {
-            let mut spec = host_spec();
-            spec["linux"]["namespaces"].as_array_mut().unwrap().push(user);
-            translated(&spec)
-        };
-        let refused = with(json!({ "type": "user", "path": "/proc/7/ns/user" })).unwrap_err();
-        assert!(refused.to_string().contains("hostUsers"), "{refused}");
-        assert_eq!(with(json!({ "type": "user" })).unwrap()["linux"]["namespaces"][2], json!({ "type": "user" }));
+    fn a_containers_own_user_namespace_is_made_in_the_guest() {
+        let mut spec = host_spec();
+        spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({ "type": "user" }));
+        assert_eq!(translated(&spec).unwrap()["linux"]["namespaces"][2], json!({ "type": "user" }));
     }
 
     #[test]

@@ -47,7 +47,7 @@ pub(super) fn translate(mounts: &mut [Mount], place: &mut impl FnMut(&Placed) ->
             continue;
         }
         let read_only = options.iter().any(|option| option == "ro" || option == "rro");
-        let placed = Placed { index, volume: Volume { source, read_only } };
+        let placed = Placed { index, volume: Volume { source, read_only, ..Default::default() } };
         mount.set_source(Some(PathBuf::from(place(&placed)?)));
     }
     Ok(())

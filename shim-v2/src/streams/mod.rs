@@ -4,6 +4,7 @@
 //! the rest, and at most one buffer is kept in between, only while bytes are on their way.
 
 mod binary;
+mod linger;
 mod service;
 
 use std::fs::File;
@@ -17,7 +18,7 @@ use hull_sandbox::container::{Connections, Streams};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -175,7 +176,8 @@ fn open_fifo(path: &str) -> std::io::Result<Sink> {
 #[derive(Debug, Default)]
 pub(crate) struct Pumps {
     input: Option<(JoinHandle<()>, Arc<Notify>)>,
-    output: Vec<JoinHandle<()>>,
+    /// Each with what tells that all has been carried.
+    output: Vec<(JoinHandle<()>, oneshot::Receiver<()>)>,
     _names: Vec<Reservation>,
 }
 
@@ -198,7 +200,9 @@ impl Pumps {
         }
         for (connection, sink) in [(stdout, ends.stdout), (connections.stderr, ends.stderr)] {
             if let Some(connection) = connection {
-                pumps.output.push(tokio::spawn(receive(adopt(connection)?, sink)));
+                let (carried, is_carried) = oneshot::channel();
+                let task = tokio::spawn(receive(adopt(connection)?, sink, carried));
+                pumps.output.push((task, is_carried));
             }
         }
         Ok(pumps)
@@ -211,12 +215,12 @@ impl Pumps {
         }
     }
 
-    /// Waits until all output has been carried.
+    /// Waits until all output has been carried, and ends the streams.
     pub(crate) async fn finish(mut self) {
         let drained = async {
-            for task in &mut self.output {
+            for (_, is_carried) in &mut self.output {
                 // A task that panicked has nothing more to carry.
-                let _ = task.await;
+                let _ = is_carried.await;
             }
         };
         if tokio::time::timeout(DRAIN_TIMEOUT, drained).await.is_err() {
@@ -227,7 +231,7 @@ impl Pumps {
 
 impl Drop for Pumps {
     fn drop(&mut self) {
-        for task in self.output.iter().chain(self.input.as_ref().map(|(task, _)| task)) {
+        for task in self.output.iter().map(|(task, _)| task).chain(self.input.as_ref().map(|(task, _)| task)) {
             task.abort();
         }
     }
@@ -315,23 +319,36 @@ fn end_input(target: UnixStream, half_close: bool) {
     }
 }
 
-/// Carries output until its end. When it cannot be passed on the connection is closed, and the process finds its pipe
-/// broken.
-async fn receive(source: UnixStream, mut sink: Sink) {
+/// Carries output until its end, tells so, and leaves what nobody has read for whoever comes to read it. When it cannot be passed on the
+/// connection is closed, and the process finds its pipe broken.
+async fn receive(source: UnixStream, mut sink: Sink, carried: oneshot::Sender<()>) {
+    let has_ended = carry(source, &mut sink).await;
+    // Nobody waits for it where the streams have been ended.
+    let _ = carried.send(());
+    if let (true, Sink::Fifo(fifo)) = (has_ended, sink)
+        && let Err(error) = linger::until_read(fifo).await
+    {
+        tracing::warn!("what a process has written last may be lost: {error}");
+    }
+}
+
+/// Whether the output has come to its end.
+async fn carry(source: UnixStream, sink: &mut Sink) -> bool {
     while source.readable().await.is_ok() {
         let mut buffer = vec![0; BUFFER_BYTES];
         match source.try_read(&mut buffer) {
-            Ok(0) => return,
+            Ok(0) => return true,
             Ok(count) => {
                 if let Err(error) = sink.write(&buffer[..count]).await {
                     tracing::warn!("output cannot be passed on: {error}");
-                    return;
+                    return false;
                 }
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            Err(_) => return,
+            Err(_) => return true,
         }
     }
+    true
 }
 
 #[cfg(test)]

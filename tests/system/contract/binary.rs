@@ -118,6 +118,18 @@ fn binary_start_leaves_a_daemon_with_a_socket_a_log_and_a_group_of_its_own() {
 }
 
 #[test]
+fn binary_start_whose_daemon_nobody_asks_to_create_anything_ends_by_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(start_by_flags("flags", dir.path(), b"").status.success());
+    let pid = std::fs::read_to_string(dir.path().join("shim.pid")).unwrap().parse().unwrap();
+    // containerd was killed before it could, and holds a connection again, but knows of no pod to ask for.
+    let socket = std::fs::read_to_string(dir.path().join("shim.socket")).unwrap();
+    let _held = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    fixture::wait_gone_within(pid, Duration::from_secs(120));
+    assert!(!Path::new(&socket).exists());
+}
+
+#[test]
 fn binary_serves_both_versions_of_the_task_service() {
     run(async {
         let (shim, vmm) = Shim::shared().await;
@@ -149,6 +161,12 @@ fn binary_info_is_a_runtime_info_whatever_is_on_standard_input() {
         let info = RuntimeInfo::parse_from_bytes(&output.stdout).unwrap();
         assert_eq!(info.name, fixture::containerd::RUNTIME);
         assert!(!info.version.version.is_empty());
+        // As containerd reads it: what pods may ask for.
+        assert_eq!(info.features.type_url, "types.containerd.io/opencontainers/runtime-spec/1/features/Features");
+        let features: Value = serde_json::from_slice(&info.features.value).unwrap();
+        assert!(features["mountOptions"].as_array().unwrap().contains(&json!("rro")), "{features}");
+        assert!(features["linux"]["namespaces"].as_array().unwrap().contains(&json!("user")), "{features}");
+        assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], json!(true));
     }
 }
 

@@ -44,6 +44,32 @@ fn streams_fifo_carries_input_and_output_and_their_ends() {
 }
 
 #[test]
+fn streams_fifo_carries_much_through_an_exec_unchanged() {
+    run(async {
+        let (shim, _) = Shim::shared().await;
+        shim.run("much", "sleep 1000").await;
+        let [stdin, stdout] = ["much.in", "much.out"].map(|name| {
+            let path = shim.dir.join(name);
+            nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            path
+        });
+        let text = |path: &Path| path.to_str().unwrap().to_owned();
+        let request =
+            ExecProcessRequest { stdin: text(&stdin), stdout: text(&stdout), ..exec("much", "cat", "exec cat") };
+        shim.tasks().exec(patience(), &request).await.unwrap();
+        shim.start_task("much", "cat").await.unwrap();
+        let through = tokio::task::spawn_blocking(move || {
+            let input = File::options().write(true).open(stdin).unwrap();
+            fixture::noise::comes_back(input, File::open(stdout).unwrap(), 32);
+        });
+        assert_eq!(shim.wait_task("much", "cat").await, 0);
+        shim.delete_task("much", "cat").await.unwrap();
+        through.await.unwrap();
+        shim.remove_task("much").await;
+    });
+}
+
+#[test]
 fn streams_file_is_made_and_added_to() {
     run(async {
         let (shim, _) = Shim::shared().await;

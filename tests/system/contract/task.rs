@@ -9,6 +9,7 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim::oci::ProcessDetails;
+use futures_util::future::join_all;
 
 use super::*;
 
@@ -283,6 +284,30 @@ fn task_exec_registers_and_runs_nothing() {
 }
 
 #[test]
+fn task_exec_64_at_once_run_and_end_each_by_itself() {
+    run(async {
+        let (shim, _) = Shim::shared().await;
+        shim.run("many", "sleep 1000").await;
+        let names: Vec<String> = (0..64).map(|number| format!("exec-{number}")).collect();
+        let started = names.iter().map(async |name| {
+            shim.exec("many", name, "exec sleep 1000").await;
+            shim.status("many", name).await
+        });
+        assert_eq!(join_all(started).await, vec![Status::RUNNING; 64]);
+        let signals = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGKILL, Signal::SIGUSR1, Signal::SIGTERM];
+        let ended = names.iter().zip(signals.iter().cycle()).map(async |(name, signal)| {
+            shim.kill("many", name, *signal).await.unwrap();
+            let status = shim.wait_task("many", name).await;
+            shim.delete_task("many", name).await.unwrap();
+            status
+        });
+        let expected: Vec<u32> = signals.iter().cycle().take(64).map(|signal| 128 + *signal as u32).collect();
+        assert_eq!(join_all(ended).await, expected);
+        shim.remove_task("many").await;
+    });
+}
+
+#[test]
 fn task_resize_pty_sets_the_size_of_an_execs_terminal() {
     run(async {
         let (shim, _) = Shim::shared().await;
@@ -442,6 +467,23 @@ fn task_shutdown_ends_the_shim_only_when_no_task_remains() {
         assert_eq!(deleted.exit_status, 137);
         fixture::wait_gone(deleted.pid.try_into().unwrap());
         shim.tasks().shutdown(patience(), &shutdown).await.unwrap();
+        fixture::wait_gone(shim.pid());
+    });
+}
+
+#[test]
+fn task_shutdown_lets_its_clients_close_and_nothing_more_be_created() {
+    run(async {
+        let shim = Shim::start("closing").await;
+        let socket = std::fs::read_to_string(shim.dir.join("shim.socket")).unwrap();
+        let another = Client::connect(&format!("unix://{socket}")).await.unwrap();
+        let shutdown = ShutdownRequest { id: "closing".into(), ..Default::default() };
+        shim.tasks().shutdown(patience(), &shutdown).await.unwrap();
+        // Go's client may take the end of its connection for the answer if both are there.
+        let bundle = shim.single_bundle(SLEEP);
+        let (code, reason) = refused(TaskClient::new(another).create(patience(), &create("closing", &bundle)).await);
+        assert_eq!(code, Code::FAILED_PRECONDITION);
+        assert!(reason.contains("about to end"), "{reason}");
         fixture::wait_gone(shim.pid());
     });
 }

@@ -50,6 +50,8 @@ impl Running {
         let ended = self.ender.ended();
         if is_hull(handler) {
             assert_eq!((ended.exit_code, ended.reason.as_str()), (7, "Error"), "{handler}");
+            // What it said last waited for somebody to read it.
+            self.ender.logs("stdout F ended");
         } else {
             // Of runc's containers containerd knows by then that they have ended, and at times not how.
             assert!(matches!(ended.exit_code, 7 | 255), "{handler}: {ended}");

@@ -1,8 +1,10 @@
 //! What a pod's specification may ask of the kernel under it, and what is told of the pod's life.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use fixture::cri::api::{HugepageLimit, IDMapping, PodSandboxConfig, UserNamespace};
+use fixture::cri::api::{HugepageLimit, IDMapping, Mount, PodSandboxConfig, UserNamespace};
 use fixture::cri::{Code, Pod, Traces, cri, eventually, handler_and_runc, handlers_and_runc};
 
 /// How long an event may take.
@@ -63,24 +65,83 @@ fn low_ports_are_as_free_in_a_pod_as_with_runc() {
     all_alike(&seen);
 }
 
+/// What the kubelet asks for with `hostUsers: false`.
+fn users_of_its_own() -> (UserNamespace, IDMapping) {
+    let mut mapping = IDMapping::new();
+    (mapping.host_id, mapping.container_id, mapping.length) = (100_000, 0, 65_536);
+    let mut user = UserNamespace::new();
+    (user.uids, user.gids) = (vec![mapping.clone()], vec![mapping.clone()]);
+    (user, mapping)
+}
+
 #[test]
-fn a_user_namespace_of_the_pods_is_refused_with_the_reason() {
-    for handler in fixture::cri::handlers() {
-        let before = Traces::now();
-        let refused = Pod::try_start(handler, |config: &mut PodSandboxConfig| {
-            let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
-            let mut mapping = IDMapping::new();
-            (mapping.host_id, mapping.container_id, mapping.length) = (100_000, 0, 65_536);
-            let mut user = UserNamespace::new();
-            (user.uids, user.gids) = (vec![mapping.clone()], vec![mapping]);
-            context.namespace_options.mut_or_insert_default().userns_options = Some(user).into();
-        });
-        let status = refused.unwrap_err();
-        println!("{handler}: {status:?}");
-        assert!(status.message().contains("user namespace"), "{handler}: {status}");
-        assert_ne!(status.code(), Code::DeadlineExceeded);
-        eventually("nothing of the pod is left", || before.are_all());
+fn a_pod_with_users_of_its_own_sees_what_it_does_with_runc() {
+    let (user, mapping) = users_of_its_own();
+    let with_users = |config: &mut PodSandboxConfig| {
+        let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+        context.namespace_options.mut_or_insert_default().userns_options = Some(user.clone()).into();
+    };
+    if cri().is_of_version_1() {
+        for handler in fixture::cri::handlers() {
+            let before = Traces::now();
+            let status = Pod::try_start(handler, with_users).unwrap_err();
+            println!("{handler}: {status:?}");
+            assert!(status.message().contains("hostUsers"), "{handler}: {status}");
+            assert_ne!(status.code(), Code::DeadlineExceeded);
+            eventually("nothing of the pod is left", || before.are_all());
+        }
+        return;
     }
+    let seen: Vec<String> = handlers_and_runc()
+        .map(|handler| {
+            println!("with {handler}");
+            let pod = Pod::start(handler, with_users);
+            let volume = pod.volume("kubernetes.io~empty-dir", "shared");
+            fs::write(volume.join("nodes"), "").unwrap();
+            let container = pod.run("main", "sleep 1000", |config| {
+                config.mount(&volume, "/volume", false);
+                let mount = config.mounts.last_mut().unwrap();
+                (mount.uid_mappings, mount.gid_mappings) = (vec![mapping.clone()], vec![mapping.clone()]);
+                let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+                context.namespace_options.mut_or_insert_default().userns_options = Some(user.clone()).into();
+            });
+            let seen = container.exec(
+                "id -u; id -g; touch /own /volume/own; chown 7:8 /volume/own; \
+                 stat -c '%n %u %g' / /bin /bin/busybox /own /volume /volume/nodes /volume/own",
+            );
+            let owner = fs::metadata(volume.join("own")).unwrap();
+            pod.end();
+            format!("{seen}\non the node {} {}", owner.uid(), owner.gid())
+        })
+        .collect();
+    all_alike(&seen);
+}
+
+#[test]
+fn an_image_is_a_volume_that_nobody_can_change() {
+    // Since Kubernetes 1.31, and with containerd 2.
+    if cri().is_of_version_1() {
+        return;
+    }
+    let seen: Vec<String> = handlers_and_runc()
+        .map(|handler| {
+            println!("with {handler}");
+            let pod = Pod::start(handler, |_| {});
+            let container = pod.run("main", "sleep 1000", |config| {
+                let mut mount = Mount::new();
+                mount.container_path = "/image".into();
+                mount.image.mut_or_insert_default().image = fixture::containerd::BUSYBOX.into();
+                mount.readonly = true;
+                config.mounts.push(mount);
+            });
+            let seen =
+                container.exec("cat /image/etc/passwd; /image/bin/busybox echo runs; touch /image/new 2>&1 || true");
+            pod.end();
+            seen
+        })
+        .collect();
+    assert!(seen[0].ends_with("runs\ntouch: /image/new: Read-only file system"), "{}", seen[0]);
+    all_alike(&seen);
 }
 
 #[test]

@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 
-use fixture::cri::{Pod, handler_and_runc, is_hull};
+use fixture::cri::{Pod, handler_and_runc, handlers, is_hull};
+use nix::mount::{MsFlags, mount, umount};
 
 /// What containers see of the emptyDirs in memory of a pod.
 #[derive(Debug, PartialEq, Eq)]
@@ -100,4 +101,27 @@ fn a_part_of_a_volume_in_memory_does_not_lead_out_of_it() {
         assert!(Path::new(&part).is_dir());
         pod.end();
     }
+}
+
+#[test]
+fn a_read_only_volume_is_so_on_the_node_whatever_the_guest_does() {
+    // Not with runc, whose privileged containers may do on the node what they like.
+    let handler = handlers()[0];
+    let pod = Pod::start(handler, |config| {
+        config.linux.mut_or_insert_default().security_context.mut_or_insert_default().privileged = true;
+    });
+    let volume = tempfile::tempdir_in("/var/tmp").unwrap();
+    let below = volume.path().join("below");
+    fs::create_dir(&below).unwrap();
+    mount(None::<&str>, &below, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    let container = pod.run("root", "sleep 1000", |config| {
+        config.mount(volume.path(), "/data", true);
+        config.linux.mut_or_insert_default().security_context.mut_or_insert_default().privileged = true;
+    });
+    let script = "mount -o remount,bind,rw /data && echo as it wished; touch /data/file; touch /data/below/file";
+    let said = container.try_exec(script, 0).unwrap();
+    assert_eq!(said.stdout.trim(), "as it wished", "{}", said.stderr);
+    assert_eq!(said.stderr.matches("Read-only file system").count(), 2, "{}", said.stderr);
+    pod.end();
+    umount(&below).unwrap();
 }

@@ -7,7 +7,7 @@ use hull_vmm_api::config::NetBackend;
 use hull_vmm_api::exit::ExitCode;
 use kvm_ioctls::Kvm;
 
-use super::machine::{Machine, MachineError};
+use super::machine::{Machine, MachineError, Size};
 use crate::arch::cpuid::CpuTopology;
 use crate::arch::{acpi, boot, cpuid, layout, registers};
 use crate::board::Board;
@@ -124,13 +124,14 @@ pub fn build(settings: Settings, kvm: &Kvm) -> Result<Machine, BuildError> {
         serial,
     });
     let event_loop = EventLoop::new().map_err(host("create an event loop"))?;
-    let mut machine = Machine::new(vm, board, Vcpus::new()?, event_loop.clone(), ending, settings.memory_mib);
+    let size = Size { memory_mib: settings.memory_mib, cpus: settings.cpus.boot };
+    let mut machine = Machine::new(vm, board, Vcpus::new()?, event_loop.clone(), ending, size);
     plug_devices(&mut machine, settings.console, settings.vsock)?;
     for (settings, range) in settings.pmems.into_iter().zip(pmem) {
         machine.plug(&settings.id, Box::new(Pmem::new(event_loop.clone(), range)))?;
     }
     for settings in settings.disks {
-        machine.plug(&settings.id.clone(), disk(settings)?)?;
+        machine.plug(&settings.id.clone(), disk(settings, size.cpus)?)?;
     }
     for settings in settings.shares {
         machine.plug(&settings.id.clone(), share(settings)?)?;
@@ -165,11 +166,11 @@ fn plug_devices(
     Ok(())
 }
 
-/// Makes a disk.
-pub(super) fn disk(disk: DiskSettings) -> Result<Box<dyn VirtioDevice>, MachineError> {
+/// Makes a disk for a guest with this many CPUs.
+pub(super) fn disk(disk: DiskSettings, cpus: u8) -> Result<Box<dyn VirtioDevice>, MachineError> {
     let DiskSettings { id, file, read_only, serial } = disk;
     match Block::new(&id, file, read_only, serial.as_deref()) {
-        Ok(block) => Ok(Box::new(block)),
+        Ok(block) => Ok(Box::new(block.with_queues(cpus))),
         Err(error) => Err(MachineError::Device { id, why: error.to_string() }),
     }
 }

@@ -68,7 +68,16 @@ pub struct Machine {
     devices: Vec<Entry>,
     ending: Arc<Ending>,
     state: State,
-    memory_mib: u64,
+    size: Size,
+}
+
+/// What of the machine's size its devices go by.
+#[derive(Clone, Copy, Debug)]
+pub struct Size {
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// CPUs that the guest starts with.
+    pub cpus: u8,
 }
 
 impl Machine {
@@ -80,9 +89,9 @@ impl Machine {
         vcpus: Vcpus,
         event_loop: Arc<EventLoop>,
         ending: Arc<Ending>,
-        memory_mib: u64,
+        size: Size,
     ) -> Self {
-        Self { vm, board, vcpus, event_loop, devices: Vec::new(), ending, state: State::Paused, memory_mib }
+        Self { vm, board, vcpus, event_loop, devices: Vec::new(), ending, state: State::Paused, size }
     }
 
     /// How and when the VM ends.
@@ -140,7 +149,7 @@ impl Machine {
         self.check_name(&disk.id)?;
         let disk = opener.disk("disk", disk)?;
         let id = disk.id.clone();
-        self.plug(&id, super::build::disk(disk)?)
+        self.plug(&id, super::build::disk(disk, self.size.cpus)?)
     }
 
     /// Adds a share; the guest finds it when it rescans the bus.
@@ -233,7 +242,7 @@ impl Machine {
             state: self.state,
             // At most `MAX_CPUS`.
             cpus: self.vcpus.count() as u8,
-            memory_mib: self.memory_mib,
+            memory_mib: self.size.memory_mib,
             devices: self.devices.iter().map(device).collect(),
         }
     }
@@ -252,7 +261,7 @@ impl Machine {
             .collect();
         // The kernel has no reason to refuse the question; if it does, nothing is known.
         let guest_resident_bytes =
-            memory::resident_bytes(self.vm.memory(), &layout::ram(self.memory_mib << 20)).unwrap_or(0);
+            memory::resident_bytes(self.vm.memory(), &layout::ram(self.size.memory_mib << 20)).unwrap_or(0);
         Counters { exits: self.vcpus.exits(), devices, details, guest_resident_bytes }
     }
 }

@@ -1,8 +1,8 @@
 //! The block device (virtio 1.3, section 5.2): a raw image or a block device of the host as the guest's disk.
 //!
-//! `request` says what a request means, `disk` does it on the host, and `worker` moves requests from the queue to one
-//! of two engines: `uring`, or `threaded` where the host forbids io_uring. The device's thread lives from `activate` or
-//! `resume` to `deactivate` or `pause`; it hands its queue back when it ends, so a paused device has no thread and
+//! `request` says what a request means, `disk` does it on the host, and a `worker` for each queue moves requests from it to one
+//! of two engines: `uring`, or `threaded` where the host forbids io_uring. The device's threads live from `activate` or
+//! `resume` to `deactivate` or `pause`; each hands its queue back when it ends, so a paused device has no thread and
 //! nothing in flight.
 
 mod disk;
@@ -33,11 +33,14 @@ const VIRTIO_BLK_F_BLK_SIZE: u64 = 1 << 6;
 const VIRTIO_BLK_F_FLUSH: u64 = 1 << 9;
 const VIRTIO_BLK_F_TOPOLOGY: u64 = 1 << 10;
 const VIRTIO_BLK_F_CONFIG_WCE: u64 = 1 << 11;
+const VIRTIO_BLK_F_MQ: u64 = 1 << 12;
 const VIRTIO_BLK_F_DISCARD: u64 = 1 << 13;
 const VIRTIO_BLK_F_WRITE_ZEROES: u64 = 1 << 14;
 
-/// Entries of the queue, each good for one request since drivers use indirect descriptors.
+/// Entries of a queue, each good for one request since drivers use indirect descriptors.
 const QUEUE_SIZE: u16 = 256;
+/// Most queues of a disk: with more CPUs, some share one.
+pub const MAX_QUEUES: u8 = 8;
 /// Most data segments of a request: the queue's size less header and status, so that it fits without indirection too.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Longest segment: far above what guests use, and a bound on one request.
@@ -78,13 +81,14 @@ pub enum BlockError {
 pub struct Block {
     name: String,
     shared: Arc<Shared>,
+    queue_sizes: Vec<u16>,
     run: Run,
 }
 
 enum Run {
     Inactive,
     Active(Running),
-    Paused(Box<Worker>),
+    Paused(Vec<Worker>),
 }
 
 impl Block {
@@ -95,6 +99,13 @@ impl Block {
     /// When `file` is no disk or not open in the right mode, or `serial` is too long.
     pub fn new(id: &str, file: File, read_only: bool, serial: Option<&str>) -> Result<Self, BlockError> {
         Self::with_engine(id, file, read_only, serial, true)
+    }
+
+    /// Gives it a queue for each of this many CPUs, 1 to [`MAX_QUEUES`]. Before the transport has seen it.
+    #[must_use]
+    pub fn with_queues(mut self, cpus: u8) -> Self {
+        self.queue_sizes = vec![QUEUE_SIZE; cpus.clamp(1, MAX_QUEUES).into()];
+        self
     }
 
     fn with_engine(
@@ -118,11 +129,11 @@ impl Block {
             try_uring,
             stop: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(BlockError::EventFd)?,
         });
-        Ok(Self { name: format!("blk-{id}"), shared, run: Run::Inactive })
+        Ok(Self { name: format!("blk-{id}"), shared, queue_sizes: vec![QUEUE_SIZE], run: Run::Inactive })
     }
 
-    fn start(&mut self, worker: Worker) -> io::Result<()> {
-        self.run = Run::Active(worker.start(&self.name)?);
+    fn start(&mut self, workers: Vec<Worker>) -> io::Result<()> {
+        self.run = Run::Active(Running::start(workers, &self.shared, &self.name)?);
         Ok(())
     }
 
@@ -140,7 +151,7 @@ impl Block {
         put(24, &[physical.ilog2().saturating_sub(logical.ilog2()) as u8, 0]);
         put(26, &u16::try_from(physical / logical).unwrap_or(1).to_le_bytes());
         put(CONFIG_WRITEBACK, &[u8::from(!self.shared.write_through.load(Ordering::Relaxed))]);
-        put(34, &1_u16.to_le_bytes());
+        put(34, &(self.queue_sizes.len() as u16).to_le_bytes());
         put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
         put(40, &MAX_RANGES.to_le_bytes());
         put(44, &(physical / 512).to_le_bytes());
@@ -162,13 +173,18 @@ impl VirtioDevice for Block {
             | VIRTIO_BLK_F_BLK_SIZE
             | VIRTIO_BLK_F_FLUSH
             | VIRTIO_BLK_F_TOPOLOGY
-            | VIRTIO_BLK_F_CONFIG_WCE;
+            | VIRTIO_BLK_F_CONFIG_WCE
+            | VIRTIO_BLK_F_MQ;
         let writable = VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES;
         always | if self.shared.limits.read_only { VIRTIO_BLK_F_RO } else { writable }
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+        &self.queue_sizes
+    }
+
+    fn vector_per_queue(&self) -> bool {
+        self.queue_sizes.len() > 1
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -182,13 +198,18 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let queue = activation.take_queue(0)?;
+        let first = activation.take_queue(0)?;
+        // The others only where the driver wants them.
+        let others = (1..self.queue_sizes.len()).map(|index| activation.try_take_queue(index as u16));
+        let queues = std::iter::once(Some(first)).chain(others).enumerate();
+        let workers =
+            queues.filter_map(|(index, queue)| Some(Worker { index, queue: queue?, shared: self.shared.clone() }));
+        let workers = workers.collect();
         // Section 5.2.6.2: a driver that cannot flush and cannot set the mode must not have to.
         if activation.features & (VIRTIO_BLK_F_FLUSH | VIRTIO_BLK_F_CONFIG_WCE) == 0 {
             self.shared.write_through.store(true, Ordering::Relaxed);
         }
-        self.start(Worker { queue, shared: self.shared.clone() })
-            .map_err(|source| ActivateError::Host { step: "starting the disk's thread", source })
+        self.start(workers).map_err(|source| ActivateError::Host { step: "starting the disk's threads", source })
     }
 
     fn deactivate(&mut self) {
@@ -200,20 +221,16 @@ impl VirtioDevice for Block {
 
     fn pause(&mut self) {
         match std::mem::replace(&mut self.run, Run::Inactive) {
-            Run::Active(running) => {
-                if let Some(worker) = running.stop() {
-                    self.run = Run::Paused(Box::new(worker));
-                }
-            }
+            Run::Active(running) => self.run = Run::Paused(running.stop()),
             other => self.run = other,
         }
     }
 
     fn resume(&mut self) {
         match std::mem::replace(&mut self.run, Run::Inactive) {
-            Run::Paused(worker) => {
+            Run::Paused(workers) => {
                 // Fails only where the host has no thread left; the guest then sees a disk that no longer answers.
-                if let Err(error) = self.start(*worker) {
+                if let Err(error) = self.start(workers) {
                     crate::log::warn(format_args!("{}: no thread to resume with: {error}", self.name));
                 }
             }
@@ -222,10 +239,12 @@ impl VirtioDevice for Block {
     }
 
     fn save(&self) -> DeviceState {
-        let queues = match &self.run {
-            Run::Paused(worker) => vec![Some(worker.queue.state())],
-            _ => vec![None],
-        };
+        let mut queues = vec![None; self.queue_sizes.len()];
+        if let Run::Paused(workers) = &self.run {
+            for worker in workers {
+                queues[worker.index] = Some(worker.queue.state());
+            }
+        }
         let write_through = self.shared.write_through.load(Ordering::Relaxed);
         DeviceState { queues, private: vec![STATE_VERSION, u8::from(write_through)] }
     }

@@ -292,3 +292,39 @@ fn the_configuration_tells_the_geometry() {
         Err(BlockError::SerialTooLong)
     ));
 }
+
+#[test]
+fn each_queue_is_served_also_after_a_pause_and_the_driver_need_not_want_all() {
+    for try_uring in [false, true] {
+        let image = tempfile::tempfile().unwrap();
+        image.set_len(SIZE).unwrap();
+        let memory = memory(0x40_0000);
+        let mut others = [0x10_0000, 0x20_0000].map(|base| DriverQueue::new(&memory, base, QUEUE_SIZE));
+        let driver = DriverQueue::new(&memory, 0, QUEUE_SIZE);
+        let interrupt = Arc::new(FakeInterrupt::default());
+        let block = Block::with_engine("t", image.try_clone().unwrap(), false, None, try_uring).unwrap().with_queues(4);
+        assert_eq!(block.queue_sizes(), [QUEUE_SIZE; 4]);
+        let mut count = [0; 2];
+        block.read_config(34, &mut count);
+        assert_eq!(u16::from_le_bytes(count), 4);
+        let mut bench = Bench { memory, driver, interrupt, block, image };
+        let end = |driver: &DriverQueue, index| Some(driver.device_end(index, bench.interrupt.clone()));
+        // The third is left out.
+        let ends = vec![end(&bench.driver, 0), end(&others[0], 1), None, end(&others[1], 3)];
+        let activation = Activation::new(VIRTIO_BLK_F_MQ, bench.memory.clone(), bench.interrupt.clone(), ends);
+        bench.block.activate(activation).unwrap();
+        for value in 1..=6 {
+            bench.fill(DATA, 512, value);
+            assert_eq!(bench.request(1, value.into(), &[(DATA, 512, false)]).0, OK);
+            assert_eq!(bench.host(512 * u64::from(value), 512), [value; 512]);
+            // Each queue comes twice, the second time after a pause.
+            std::mem::swap(&mut bench.driver, &mut others[usize::from(value) % 2]);
+            if value == 3 {
+                bench.block.pause();
+                let active: Vec<bool> = bench.block.save().queues.iter().map(Option::is_some).collect();
+                assert_eq!(active, [true, true, false, true]);
+                bench.block.resume();
+            }
+        }
+    }
+}

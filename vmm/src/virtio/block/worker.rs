@@ -1,4 +1,4 @@
-//! The thread that serves a disk's queue: what both of its engines share, and its start and stop.
+//! The threads that serve a disk's queues, one each: what both of their engines share, and their start and stop.
 
 use std::io;
 use std::sync::Arc;
@@ -25,28 +25,28 @@ pub(super) struct Shared {
     pub(super) completed: AtomicU64,
     /// Whether to use io_uring where the host lets it.
     pub(super) try_uring: bool,
-    /// Readable when the worker is to end.
+    /// Readable when the workers are to end.
     pub(super) stop: EventFd,
 }
 
 /// The owner of an active queue.
 pub(super) struct Worker {
+    /// The queue's number.
+    pub(super) index: usize,
     pub(super) queue: VirtQueue,
     pub(super) shared: Arc<Shared>,
 }
 
-/// A worker at work.
+/// The workers at work.
 pub(super) struct Running {
-    thread: JoinHandle<Worker>,
+    threads: Vec<JoinHandle<Worker>>,
     shared: Arc<Shared>,
 }
 
 impl Worker {
-    /// Starts to serve.
-    pub(super) fn start(self, name: &str) -> io::Result<Running> {
-        let shared = self.shared.clone();
-        let thread = std::thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES).spawn(|| self.run())?;
-        Ok(Running { thread, shared })
+    fn start(self, name: &str) -> io::Result<JoinHandle<Self>> {
+        let name = if self.index == 0 { name.to_owned() } else { format!("{name}.{}", self.index) };
+        std::thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(|| self.run())
     }
 
     fn run(mut self) -> Self {
@@ -109,12 +109,27 @@ impl Worker {
 }
 
 impl Running {
-    /// Ends the thread once nothing is in flight; `None` if it died.
-    pub(super) fn stop(self) -> Option<Worker> {
+    /// Starts to serve all of a disk's queues, or none.
+    pub(super) fn start(workers: Vec<Worker>, shared: &Arc<Shared>, name: &str) -> io::Result<Self> {
+        let mut running = Self { threads: Vec::new(), shared: shared.clone() };
+        for worker in workers {
+            match worker.start(name) {
+                Ok(thread) => running.threads.push(thread),
+                Err(error) => {
+                    running.stop();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(running)
+    }
+
+    /// Ends the threads once nothing is in flight, and gives back their workers but for those that died.
+    pub(super) fn stop(self) -> Vec<Worker> {
         let _ = self.shared.stop.write(1);
-        let worker = self.thread.join().ok();
+        let workers = self.threads.into_iter().filter_map(|thread| thread.join().ok()).collect();
         let _ = self.shared.stop.read();
-        worker
+        workers
     }
 }
 

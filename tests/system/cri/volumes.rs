@@ -5,7 +5,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 
 use fixture::cri::{Pod, handler_and_runc, handlers, is_hull};
-use nix::mount::{MsFlags, mount, umount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// What containers see of the emptyDirs in memory of a pod.
 #[derive(Debug, PartialEq, Eq)]
@@ -122,6 +122,7 @@ fn a_read_only_volume_is_so_on_the_node_whatever_the_guest_does() {
     let said = container.try_exec(script, 0).unwrap();
     assert_eq!(said.stdout.trim(), "as it wished", "{}", said.stderr);
     assert_eq!(said.stderr.matches("Read-only file system").count(), 2, "{}", said.stderr);
+    // Before the pod is looked for: the mount is not the pod's.
+    umount2(&below, MntFlags::MNT_DETACH).unwrap();
     pod.end();
-    umount(&below).unwrap();
 }

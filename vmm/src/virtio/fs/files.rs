@@ -10,6 +10,7 @@ use fuse_backend_rs::api::filesystem::{
 };
 
 use super::handles::Handle;
+use super::host::Stat;
 use super::inodes::Slot;
 use super::state::{State, errno};
 
@@ -168,12 +169,17 @@ impl State {
     }
 
     pub(super) fn get_attributes(&mut self, node: u64, handle: Option<u64>) -> io::Result<libc::stat64> {
+        self.describe(node, handle).map(|stat| stat.attr)
+    }
+
+    /// What the guest is to see of a file, with the time of birth.
+    pub(super) fn describe(&mut self, node: u64, handle: Option<u64>) -> io::Result<Stat> {
         let slot = self.inodes.resolve(node)?;
         let stat = match handle {
             Some(handle) => self.host.stat(self.handles.get(handle, slot)?.file.as_raw_fd())?,
             None => self.inodes.stat(slot)?,
         };
-        Ok(self.attributes(&stat))
+        Ok(Stat { attr: self.attributes(&stat), ..stat })
     }
 
     pub(super) fn set_attributes(

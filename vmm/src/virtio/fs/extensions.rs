@@ -111,12 +111,13 @@ fn set_xattr(share: &Share, header: &InHeader, body: &mut Reader<'_>) -> io::Res
 /// `FUSE_COPY_FILE_RANGE`.
 fn copy_file_range(share: &Share, header: &InHeader, body: &mut Reader<'_>) -> io::Result<Vec<u8>> {
     let request: CopyFileRangeIn = take(body)?;
-    let copied = share.state().copy(&CopyRange {
+    let range = CopyRange {
         from: (header.nodeid, request.fh_in, request.offset_in),
         to: (request.nodeid_out, request.fh_out, request.offset_out),
         len: request.len,
         flags: request.flags,
-    })?;
+    };
+    let copied = share.state().copy(&Context::from(header), &range)?;
     let answer = WriteOut { size: u32::try_from(copied).unwrap_or(u32::MAX), ..WriteOut::default() };
     Ok(answer.as_slice().to_vec())
 }

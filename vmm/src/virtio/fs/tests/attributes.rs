@@ -30,3 +30,64 @@ fn the_time_of_birth_is_told() {
     assert_eq!(b.ask(STATX, file.0, &[0; 23]), Err(libc::EINVAL));
     assert_eq!(b.ask(STATX, 99, &[0; 24]), Err(libc::ESTALE));
 }
+
+#[test]
+fn set_id_bits_go_with_what_an_ordinary_user_allocates_or_copies() {
+    if !is_root() {
+        return;
+    }
+    let mut b = require!(bench());
+    let file = b.create(ROOT, "file", 0o755).unwrap();
+    b.write(file, 0, &[1; 100]).unwrap();
+    let mut allocate = longs(&[file.1, 0, 8192]);
+    allocate.extend(words(&[0, 0]));
+    let copy = longs(&[file.1, 0, file.0, file.1, 50, 10, 0]);
+    for (opcode, body) in [(FALLOCATE, allocate), (COPY_FILE_RANGE, copy)] {
+        for (user, left) in [(0, 0o6755), (1234, 0o755)] {
+            fs::set_permissions(b.path("file"), fs::Permissions::from_mode(0o6755)).unwrap();
+            b.user = (user, user);
+            b.ask(opcode, file.0, &body).unwrap();
+            assert_eq!(fs::metadata(b.path("file")).unwrap().mode() & 0o7777, left, "{opcode} {user}");
+        }
+    }
+}
+
+/// `struct fuse_setattr_in`.
+fn attributes(valid: u32, (atime, mtime): (u64, u64)) -> Vec<u8> {
+    let mut body = words(&[valid, 0]);
+    body.extend(longs(&[0, 0, 0, atime, mtime, 0]));
+    body.extend([0; 32]);
+    body
+}
+
+#[test]
+fn a_file_of_another_group_keeps_its_set_group_id_bit_from_no_stranger() {
+    if !is_root() {
+        return;
+    }
+    let mut b = require!(bench());
+    let file = b.create(ROOT, "file", 0o644).unwrap();
+    // As the guest does for who lacks the capability to keep the bits.
+    let write_and_kill = [longs(&[file.1, 0]), words(&[1, 4, 0, 0, libc::O_RDWR as u32, 0]), b"x".to_vec()].concat();
+    for (group, left) in [(77, 0o644), (0, 0o2644)] {
+        fs::set_permissions(b.path("file"), fs::Permissions::from_mode(0o2644)).unwrap();
+        // What root makes leaves the thread with root's identity.
+        b.user = (0, 0);
+        b.create(ROOT, "other", 0o644).unwrap();
+        b.user = (1234, group);
+        b.ask(WRITE, file.0, &write_and_kill).unwrap();
+        assert_eq!(fs::metadata(b.path("file")).unwrap().mode() & 0o7777, left, "written by one of group {group}");
+    }
+}
+
+#[test]
+fn a_change_of_owner_to_nobody_clears_set_id_bits() {
+    let mut b = require!(bench());
+    let file = b.create(ROOT, "file", 0o755).unwrap();
+    fs::set_permissions(b.path("file"), fs::Permissions::from_mode(0o4755)).unwrap();
+    let before = fs::metadata(b.path("file")).unwrap();
+    b.ask(SETATTR, file.0, &attributes(0, (0, 0))).unwrap();
+    let after = fs::metadata(b.path("file")).unwrap();
+    assert_eq!(after.mode() & 0o7777, 0o755);
+    assert_eq!((after.uid(), after.gid()), (before.uid(), before.gid()));
+}

@@ -16,7 +16,8 @@ use super::state::{State, errno};
 
 /// What of a guest's `open` flags reaches the host. Not `O_DIRECT`, for which guest memory is not aligned: such a file
 /// bypasses the guest's cache, not the host's. Not `O_NONBLOCK`, `O_NOFOLLOW` and the like, which the guest's kernel has acted on.
-pub(super) const PASSED_FLAGS: i32 = libc::O_ACCMODE | libc::O_APPEND | libc::O_TRUNC | libc::O_SYNC | libc::O_DSYNC;
+pub(super) const PASSED_FLAGS: i32 =
+    libc::O_ACCMODE | libc::O_APPEND | libc::O_TRUNC | libc::O_SYNC | libc::O_DSYNC | libc::O_NOATIME;
 
 /// Most bytes that one request copies from file to file; a guest goes on where it ended.
 const MAX_COPY: usize = 32 << 20;

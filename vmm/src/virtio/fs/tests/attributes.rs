@@ -91,3 +91,23 @@ fn a_change_of_owner_to_nobody_clears_set_id_bits() {
     assert_eq!(after.mode() & 0o7777, 0o755);
     assert_eq!((after.uid(), after.gid()), (before.uid(), before.gid()));
 }
+
+const FATTR_TIMES: u32 = 0x30;
+
+#[test]
+fn a_file_can_be_read_without_a_trace() {
+    let mut b = require!(bench());
+    let file = b.create(ROOT, "file", 0o644).unwrap();
+    b.write(file, 0, b"12345").unwrap();
+    let mut seconds_after = |flags| {
+        b.ask(SETATTR, file.0, &attributes(FATTR_TIMES, (1000, 2000))).unwrap();
+        let handle = b.open(file.0, flags).unwrap();
+        assert_eq!(b.read((file.0, handle), 0, 9), Ok(b"12345".to_vec()));
+        fs::metadata(b.path("file")).unwrap().atime()
+    };
+    if seconds_after(libc::O_RDONLY) == 1000 {
+        eprintln!("skipped: nobody leaves a trace here");
+        return;
+    }
+    assert_eq!(seconds_after(libc::O_RDONLY | libc::O_NOATIME), 1000);
+}

@@ -157,9 +157,9 @@ impl State {
         if !matches!(whence, libc::SEEK_DATA | libc::SEEK_HOLE) {
             return Err(errno(libc::EINVAL));
         }
-        let offset = signed(offset)?;
         let host = self.host;
-        host.seek(&self.handle(node, handle)?.file, offset, whence)
+        // The host knows which error a position before the beginning is.
+        host.seek(&self.handle(node, handle)?.file, offset as i64, whence)
     }
 
     pub(super) fn copy(&mut self, context: &Context, range: &CopyRange) -> io::Result<usize> {

@@ -421,6 +421,8 @@ fn holes_ranges_and_nameless_files_work() {
     let seek = |whence: i32| [longs(&[file.1, 0]), words(&[whence as u32, 0])].concat();
     assert!(b.ask(LSEEK, file.0, &seek(libc::SEEK_HOLE)).is_ok());
     assert_eq!(b.ask(LSEEK, file.0, &seek(libc::SEEK_SET)), Err(libc::EINVAL));
+    let before_the_beginning = [longs(&[file.1, u64::MAX]), words(&[libc::SEEK_DATA as u32, 0])].concat();
+    assert_eq!(b.ask(LSEEK, file.0, &before_the_beginning), Err(libc::ENXIO));
     b.write(file, 0, b"copied").unwrap();
     let copy = b.create(ROOT, "copy", 0o644).unwrap();
     let copied = b.ask(COPY_FILE_RANGE, file.0, &longs(&[file.1, 0, copy.0, copy.1, 0, 6, 0])).unwrap();

@@ -14,6 +14,7 @@ mod memory;
 mod mounts;
 mod network;
 mod output;
+mod posix;
 mod pull;
 mod settings;
 mod streams;

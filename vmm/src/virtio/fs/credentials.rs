@@ -81,6 +81,14 @@ impl Credentials {
         Ok(())
     }
 
+    /// Takes on a user's identity, as far as that leaves capabilities alone.
+    pub(super) fn act_as(&mut self, uid: u32, gid: u32) -> io::Result<()> {
+        if self.may_change && self.keeps_capabilities && self.now != (uid, gid) {
+            self.switch(uid, gid)?;
+        }
+        Ok(())
+    }
+
     /// To be called when a request is done.
     pub(super) fn done(&mut self) {
         if !self.keeps_capabilities && self.now != self.home {

@@ -14,9 +14,10 @@ use vm_memory::ByteValued;
 use super::files::CopyRange;
 use super::host::XATTR_MAX;
 use super::policy::SETXATTR_EXT;
-use super::session::{FUSE_SYNCFS, FUSE_TMPFILE};
+use super::session::{FUSE_STATX, FUSE_SYNCFS, FUSE_TMPFILE};
 use super::share::Share;
 use super::state::errno;
+use super::statx;
 
 /// The protocol that is spoken: 7.39. Any 7.x guest understands the answer; those before 7.31 know no virtio-fs.
 const MAJOR: u32 = 7;
@@ -40,6 +41,7 @@ pub(super) fn serve(share: &Share, header: &InHeader, mut body: Reader<'_>) -> i
         SETXATTR => set_xattr(share, header, &mut body),
         COPY_FILE_RANGE => copy_file_range(share, header, &mut body),
         FUSE_TMPFILE => create_unnamed(share, header, &mut body),
+        FUSE_STATX => describe(share, header, &mut body),
         FUSE_SYNCFS => share.state().sync_all().map(|()| Vec::new()),
         _ => Err(errno(libc::ENOSYS)),
     }
@@ -109,14 +111,23 @@ fn set_xattr(share: &Share, header: &InHeader, body: &mut Reader<'_>) -> io::Res
 /// `FUSE_COPY_FILE_RANGE`.
 fn copy_file_range(share: &Share, header: &InHeader, body: &mut Reader<'_>) -> io::Result<Vec<u8>> {
     let request: CopyFileRangeIn = take(body)?;
-    let copied = share.state().copy(&CopyRange {
+    let range = CopyRange {
         from: (header.nodeid, request.fh_in, request.offset_in),
         to: (request.nodeid_out, request.fh_out, request.offset_out),
         len: request.len,
         flags: request.flags,
-    })?;
+    };
+    let copied = share.state().copy(&Context::from(header), &range)?;
     let answer = WriteOut { size: u32::try_from(copied).unwrap_or(u32::MAX), ..WriteOut::default() };
     Ok(answer.as_slice().to_vec())
+}
+
+/// `FUSE_STATX`: like `FUSE_GETATTR`, with the time of birth.
+fn describe(share: &Share, header: &InHeader, body: &mut Reader<'_>) -> io::Result<Vec<u8>> {
+    let request: statx::Request = take(body)?;
+    let mut state = share.state();
+    let stat = state.describe(header.nodeid, request.handle())?;
+    Ok(statx::Answer::new(&stat, state.policy.timeout).as_slice().to_vec())
 }
 
 /// `FUSE_TMPFILE`: like `FUSE_CREATE`, with a name that means nothing.

@@ -10,12 +10,14 @@ use fuse_backend_rs::api::filesystem::{
 };
 
 use super::handles::Handle;
+use super::host::Stat;
 use super::inodes::Slot;
 use super::state::{State, errno};
 
 /// What of a guest's `open` flags reaches the host. Not `O_DIRECT`, for which guest memory is not aligned: such a file
 /// bypasses the guest's cache, not the host's. Not `O_NONBLOCK`, `O_NOFOLLOW` and the like, which the guest's kernel has acted on.
-pub(super) const PASSED_FLAGS: i32 = libc::O_ACCMODE | libc::O_APPEND | libc::O_TRUNC | libc::O_SYNC | libc::O_DSYNC;
+pub(super) const PASSED_FLAGS: i32 =
+    libc::O_ACCMODE | libc::O_APPEND | libc::O_TRUNC | libc::O_SYNC | libc::O_DSYNC | libc::O_NOATIME;
 
 /// Most bytes that one request copies from file to file; a guest goes on where it ended.
 const MAX_COPY: usize = 32 << 20;
@@ -32,12 +34,13 @@ pub(super) struct CopyRange {
 }
 
 impl State {
-    pub(super) fn open(&mut self, node: u64, flags: u32, kill_set_id: bool) -> io::Result<Opened> {
+    pub(super) fn open(&mut self, context: &Context, node: u64, flags: u32, kill_set_id: bool) -> io::Result<Opened> {
         let slot = self.inodes.resolve(node)?;
-        self.open_node(slot, flags as i32, kill_set_id)
+        self.change_as(context, !kill_set_id)?;
+        self.open_node(slot, flags as i32)
     }
 
-    pub(super) fn open_node(&mut self, slot: Slot, flags: i32, kill_set_id: bool) -> io::Result<Opened> {
+    pub(super) fn open_node(&mut self, slot: Slot, flags: i32) -> io::Result<Opened> {
         // Whatever else it is, opening it could block, or act on a device of the host.
         if self.inodes.node(slot)?.file_type() != libc::S_IFREG {
             return Err(errno(libc::ENXIO));
@@ -45,7 +48,6 @@ impl State {
         if self.read_only && flags & (libc::O_ACCMODE | libc::O_TRUNC) != libc::O_RDONLY {
             return Err(errno(libc::EROFS));
         }
-        self.keep_set_id(!kill_set_id);
         let fd = self.inodes.anchor(slot)?;
         let file = match self.host.reopen(fd, flags & PASSED_FLAGS) {
             Err(error) if error.raw_os_error() == Some(libc::EROFS) => {
@@ -98,15 +100,13 @@ impl State {
 
     pub(super) fn write(
         &mut self,
-        node: u64,
-        handle: u64,
+        context: &Context,
+        (node, handle): (u64, u64),
         from: &mut dyn ZeroCopyReader,
-        len: u32,
-        offset: u64,
-        flags: (u32, u32),
+        (len, offset): (u32, u64),
+        (open_flags, write_flags): (u32, u32),
     ) -> io::Result<usize> {
-        let (open_flags, write_flags) = flags;
-        self.keep_set_id(write_flags & WRITE_KILL_PRIV == 0);
+        self.change_as(context, write_flags & WRITE_KILL_PRIV == 0)?;
         let host = self.host;
         let handle = self.handle(node, handle)?;
         let append = open_flags as i32 & libc::O_APPEND;
@@ -137,8 +137,16 @@ impl State {
         Ok(())
     }
 
-    pub(super) fn allocate(&mut self, node: u64, handle: u64, mode: u32, range: (u64, u64)) -> io::Result<()> {
+    pub(super) fn allocate(
+        &mut self,
+        context: &Context,
+        node: u64,
+        handle: u64,
+        mode: u32,
+        range: (u64, u64),
+    ) -> io::Result<()> {
         let (offset, len) = (signed(range.0)?, signed(range.1)?);
+        self.change_as(context, may_keep_set_id(context))?;
         let host = self.host;
         host.allocate(&self.handle(node, handle)?.file, mode, offset, len)
     }
@@ -149,18 +157,18 @@ impl State {
         if !matches!(whence, libc::SEEK_DATA | libc::SEEK_HOLE) {
             return Err(errno(libc::EINVAL));
         }
-        let offset = signed(offset)?;
         let host = self.host;
-        host.seek(&self.handle(node, handle)?.file, offset, whence)
+        // The host knows which error a position before the beginning is.
+        host.seek(&self.handle(node, handle)?.file, offset as i64, whence)
     }
 
-    pub(super) fn copy(&mut self, range: &CopyRange) -> io::Result<usize> {
+    pub(super) fn copy(&mut self, context: &Context, range: &CopyRange) -> io::Result<usize> {
         if range.flags != 0 {
             return Err(errno(libc::EINVAL));
         }
         let (from_offset, to_offset) = (signed(range.from.2)?, signed(range.to.2)?);
         let len = usize::try_from(range.len).unwrap_or(usize::MAX).min(MAX_COPY);
-        self.keep_set_id(false);
+        self.change_as(context, may_keep_set_id(context))?;
         let host = self.host;
         let from = self.handle(range.from.0, range.from.1)?.file.try_clone()?;
         let to = &self.handle(range.to.0, range.to.1)?.file;
@@ -168,16 +176,22 @@ impl State {
     }
 
     pub(super) fn get_attributes(&mut self, node: u64, handle: Option<u64>) -> io::Result<libc::stat64> {
+        self.describe(node, handle).map(|stat| stat.attr)
+    }
+
+    /// What the guest is to see of a file, with the time of birth.
+    pub(super) fn describe(&mut self, node: u64, handle: Option<u64>) -> io::Result<Stat> {
         let slot = self.inodes.resolve(node)?;
         let stat = match handle {
             Some(handle) => self.host.stat(self.handles.get(handle, slot)?.file.as_raw_fd())?,
             None => self.inodes.stat(slot)?,
         };
-        Ok(self.attributes(&stat))
+        Ok(Stat { attr: self.attributes(&stat), ..stat })
     }
 
     pub(super) fn set_attributes(
         &mut self,
+        context: &Context,
         node: u64,
         handle: Option<u64>,
         attr: &libc::stat64,
@@ -194,11 +208,16 @@ impl State {
         }
         let uid = if valid.contains(SetattrValid::UID) { attr.st_uid } else { u32::MAX };
         let gid = if valid.contains(SetattrValid::GID) { attr.st_gid } else { u32::MAX };
-        if (uid, gid) != (u32::MAX, u32::MAX) {
+        // Without anything to set it is chown(2) to no owner and no group, which clears set-user-ID bits all the same.
+        if (uid, gid) != (u32::MAX, u32::MAX) || valid.is_empty() {
+            // The flag for clearing set-group-ID bits comes with each change of owner, whoever makes it. Of the groups of a user who
+            // may change the group, one is known here.
+            let keep = may_keep_set_id(context) || self.host.stat(fd)?.attr.st_gid == context.gid;
+            self.change_as(context, keep)?;
             self.host.change_owner(fd, uid, gid)?;
         }
         if valid.contains(SetattrValid::SIZE) {
-            self.keep_set_id(!valid.contains(SetattrValid::KILL_SUIDGID));
+            self.change_as(context, !valid.contains(SetattrValid::KILL_SUIDGID))?;
             self.set_size(slot, fd, handle, attr.st_size)?;
         }
         if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
@@ -285,6 +304,12 @@ impl State {
         let fd = self.inodes.anchor(slot)?;
         self.host.remove_xattr(fd, name)
     }
+}
+
+/// Whether a user's change leaves set-user-ID bits alone, where the request has no flag that says so. Who has the capability
+/// for it in the guest is not told, and but for rare cases it is root.
+fn may_keep_set_id(context: &Context) -> bool {
+    context.uid == 0
 }
 
 /// An offset or length as the host takes it.

@@ -31,6 +31,7 @@ mod session;
 mod share;
 mod snapshot;
 mod state;
+mod statx;
 mod worker;
 
 use std::io;

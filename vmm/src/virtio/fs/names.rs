@@ -84,7 +84,8 @@ impl State {
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) && flags & libc::O_EXCL == 0 => {
                 let entry = self.enter_at(parent, name)?;
                 let slot = self.inodes.resolve(entry.inode)?;
-                let opened = self.open_node(slot, flags, how.fuse_flags & FOPEN_IN_KILL_SUIDGID != 0);
+                self.keep_set_id(how.fuse_flags & FOPEN_IN_KILL_SUIDGID == 0);
+                let opened = self.open_node(slot, flags);
                 self.or_forget(slot, opened).map(|opened| (entry, opened))
             }
             Err(error) => Err(error),

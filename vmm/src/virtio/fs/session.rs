@@ -1,7 +1,7 @@
 //! One FUSE request from the queue to its answer (virtio 1.3, section 5.11.6).
 //!
 //! Most requests go to the server of fuse-backend-rs. Kept from it are those it does not know (`FUSE_TMPFILE`,
-//! `FUSE_COPY_FILE_RANGE`, `FUSE_SYNCFS`), those whose newer form it does not know (`FUSE_INIT`, `FUSE_SETXATTR`), those that
+//! `FUSE_COPY_FILE_RANGE`, `FUSE_SYNCFS`, `FUSE_STATX`), those whose newer form it does not know (`FUSE_INIT`, `FUSE_SETXATTR`), those that
 //! change something if the share is read-only, and those that do not parse, which it may leave without an answer.
 
 use std::io::{self, Write as _};
@@ -20,6 +20,7 @@ use super::state::errno;
 /// Opcodes that fuse-backend-rs does not name.
 pub(super) const FUSE_SYNCFS: u32 = 50;
 pub(super) const FUSE_TMPFILE: u32 = 51;
+pub(super) const FUSE_STATX: u32 = 52;
 
 /// Longest request: the largest write and its headers.
 const MAX_REQUEST: u32 = MAX_BUFFER_SIZE + 4096;
@@ -91,7 +92,7 @@ fn way(opcode: u32) -> Way {
         _ if among(&changes) => Way::Change,
         FUSE_TMPFILE => Way::ChangeExtension,
         _ if among(&[O::Setxattr, O::CopyFileRange]) => Way::ChangeExtension,
-        FUSE_SYNCFS => Way::Extension,
+        FUSE_SYNCFS | FUSE_STATX => Way::Extension,
         _ if is(opcode, O::Init) => Way::Extension,
         _ => Way::Unknown,
     }
@@ -175,7 +176,7 @@ mod tests {
             assert_eq!(way(opcode), Way::ChangeExtension, "{opcode}");
         }
         // DAX mappings, locks, ioctls and what the future brings.
-        for opcode in [0, 7, 19, 31, 32, 33, 34, 37, 39, 40, 41, 48, 49, 52, 4096, u32::MAX] {
+        for opcode in [0, 7, 19, 31, 32, 33, 34, 37, 39, 40, 41, 48, 49, 53, 4096, u32::MAX] {
             assert_eq!(way(opcode), Way::Unknown, "{opcode}");
         }
     }

@@ -72,14 +72,14 @@ impl FileSystem for Share {
 
     fn setattr(
         &self,
-        _: &Context,
+        context: &Context,
         node: u64,
         attr: libc::stat64,
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(libc::stat64, Duration)> {
         let mut state = self.state();
-        Ok((state.set_attributes(node, handle, &attr, valid)?, state.policy.timeout))
+        Ok((state.set_attributes(context, node, handle, &attr, valid)?, state.policy.timeout))
     }
 
     fn readlink(&self, _: &Context, node: u64) -> io::Result<Vec<u8>> {
@@ -132,12 +132,12 @@ impl FileSystem for Share {
 
     fn open(
         &self,
-        _: &Context,
+        context: &Context,
         node: u64,
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
-        let (handle, options) = self.state().open(node, flags, fuse_flags & FOPEN_IN_KILL_SUIDGID != 0)?;
+        let (handle, options) = self.state().open(context, node, flags, fuse_flags & FOPEN_IN_KILL_SUIDGID != 0)?;
         Ok((Some(handle), options, None))
     }
 
@@ -168,7 +168,7 @@ impl FileSystem for Share {
 
     fn write(
         &self,
-        _: &Context,
+        context: &Context,
         node: u64,
         handle: u64,
         from: &mut dyn ZeroCopyReader,
@@ -179,7 +179,7 @@ impl FileSystem for Share {
         flags: u32,
         write_flags: u32,
     ) -> io::Result<usize> {
-        self.state().write(node, handle, from, len, offset, (flags, write_flags))
+        self.state().write(context, (node, handle), from, (len, offset), (flags, write_flags))
     }
 
     fn flush(&self, _: &Context, _: u64, _: u64, _: u64) -> io::Result<()> {
@@ -191,8 +191,8 @@ impl FileSystem for Share {
         self.state().sync(node, handle, data_only)
     }
 
-    fn fallocate(&self, _: &Context, node: u64, handle: u64, mode: u32, offset: u64, len: u64) -> io::Result<()> {
-        self.state().allocate(node, handle, mode, (offset, len))
+    fn fallocate(&self, context: &Context, node: u64, handle: u64, mode: u32, offset: u64, len: u64) -> io::Result<()> {
+        self.state().allocate(context, node, handle, mode, (offset, len))
     }
 
     fn release(&self, _: &Context, node: u64, _: u32, handle: u64, _: bool, _: bool, _: Option<u64>) -> io::Result<()> {

@@ -115,6 +115,16 @@ impl State {
         }
     }
 
+    /// Makes the next change leave set-user-ID bits alone, or clear what of them a change by this user clears: a file that its group may
+    /// not execute keeps its set-group-ID bit if the user is in that group.
+    pub(super) fn change_as(&mut self, context: &Context, keep_set_id: bool) -> io::Result<()> {
+        if let (false, Some(credentials)) = (keep_set_id, &mut self.credentials) {
+            credentials.act_as(context.uid, context.gid)?;
+        }
+        self.keep_set_id(keep_set_id);
+        Ok(())
+    }
+
     /// Whether the next change leaves set-user-ID bits alone.
     pub(super) fn keep_set_id(&mut self, keep: bool) {
         if let Some(credentials) = &mut self.credentials {

@@ -5,6 +5,7 @@
 mod guest;
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use guest::{COUNTER, Step, machine, settings};
 use hull_vmm::outcome::Outcome;
@@ -12,12 +13,14 @@ use hull_vmm::virtio::block::Block;
 use hull_vmm::virtio::fs::Fs;
 use hull_vmm::vm::machine::Machine;
 use hull_vmm_api::config::CachePolicy;
+use vm_memory::{Bytes, GuestAddress};
 
 /// How often.
 const TIMES: usize = 1000;
 
-fn entries(directory: &str) -> usize {
-    Path::new(directory).read_dir().unwrap().count()
+/// How many descriptors and threads this process has.
+fn held() -> [usize; 2] {
+    ["/proc/self/fd", "/proc/self/task"].map(|directory| Path::new(directory).read_dir().unwrap().count())
 }
 
 /// Puts a disk and a share on the bus and takes them off again; where they were.
@@ -40,10 +43,17 @@ fn devices_come_and_go_a_thousand_times_and_leave_nothing() {
     let Some(mut machine) = machine(settings(&[Step::Count(COUNTER)])) else { return };
     machine.resume();
     let places = come_and_go(&mut machine);
-    let before = (entries("/proc/self/fd"), entries("/proc/self/task"));
+    // Once the guest runs, all threads do.
+    let memory = machine.vm().memory().clone();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while memory.read_obj::<u64>(GuestAddress(COUNTER)).unwrap() == 0 {
+        assert!(Instant::now() < deadline, "the guest does not run");
+        std::thread::yield_now();
+    }
+    let before = held();
     for _ in 0..TIMES {
         assert_eq!(come_and_go(&mut machine), places);
     }
-    assert_eq!((entries("/proc/self/fd"), entries("/proc/self/task")), before);
+    assert_eq!(held(), before);
     machine.ending().end(Outcome::Killed);
 }

@@ -15,6 +15,7 @@ mod mounts;
 mod network;
 mod output;
 mod pull;
+mod roots;
 mod settings;
 mod streams;
 mod tty;

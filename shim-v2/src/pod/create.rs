@@ -10,7 +10,7 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::topics;
 use containerd_shim_protos::types::mount::Mount;
 use hull_protocol::agent::MemoryVolume;
-use hull_sandbox::container::{FileSystems, Process as GuestProcess};
+use hull_sandbox::container::{Process as GuestProcess, Setup};
 use hull_sandbox::disks::HostDevice;
 use hull_sandbox::mount::FileSystem;
 use hull_sandbox::share::{RootSource, Share};
@@ -248,8 +248,10 @@ async fn launch_with_disks(
     ends: Ends,
 ) -> Result<(Arc<Process>, Followers)> {
     let streams = request.stdio.streams();
-    let file_systems = FileSystems { storages: live.iter().map(LiveVolume::storage).collect(), volumes: memory };
-    let created = GuestProcess::create(vm.agent(), &request.id, spec, streams, file_systems).await;
+    // containerd has looked the user up.
+    let storages = live.iter().map(LiveVolume::storage).collect();
+    let setup = Setup { storages, volumes: memory, user: String::new() };
+    let created = GuestProcess::create(vm.agent(), &request.id, spec, streams, setup).await;
     let (guest, connections) = match created {
         Ok(created) => created,
         Err(error) => return Err(vm.explain(error).await),

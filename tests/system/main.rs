@@ -17,6 +17,7 @@ mod output;
 mod pull;
 mod roots;
 mod settings;
+mod snapshotters;
 mod streams;
 mod tty;
 mod user_net;

@@ -17,6 +17,7 @@ mod helper;
 mod init;
 mod log;
 mod network;
+mod overlay;
 mod reaper;
 mod sandbox;
 mod server;

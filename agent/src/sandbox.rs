@@ -119,7 +119,11 @@ impl Sandbox {
         if let Err(error) = containers.kill_all().await {
             tracing::error!("shut down: {error}");
         }
-        if timeout(SYNC_TIMEOUT, spawn_blocking(rustix::fs::sync)).await.is_err() {
+        let write_back = async {
+            containers.unmount_all().await;
+            spawn_blocking(rustix::fs::sync).await
+        };
+        if timeout(SYNC_TIMEOUT, write_back).await.is_err() {
             tracing::error!("shut down: file systems take too long to write back");
         }
         if !self.is_guest {

@@ -3,13 +3,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
+use rustix::io::Errno;
+use rustix::mount::{MountAttrFlags, MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
 use tokio::task::spawn_blocking;
 
 use crate::container::spec::check_path;
 use crate::devices::{PciAddress, wait_for_block_device};
 use crate::error::{Error, Result, Step};
 use crate::files::{self, File};
+use crate::overlay::Overlay;
 
 /// The kernel takes a page of options and the zero byte behind it.
 const MAX_DATA_BYTES: usize = 4095;
@@ -21,8 +23,12 @@ pub(crate) enum Source {
     FsTag(String),
     /// A virtio-blk disk.
     Disk(PciAddress),
+    /// A file of another file system.
+    File(String),
     /// Nothing: a tmpfs or the like.
     None,
+    /// File systems that have been mounted before.
+    Overlay(Overlay),
 }
 
 #[derive(Clone, Debug)]
@@ -48,7 +54,9 @@ impl Storage {
         let (source, default_fstype) = match &self.source {
             Source::FsTag(tag) => (tag.clone(), "virtiofs"),
             Source::Disk(address) => (wait_for_block_device(address).await?, ""),
+            Source::File(path) => (path.clone(), ""),
             Source::None => (self.fstype.clone(), ""),
+            Source::Overlay(_) => ("overlay".to_owned(), "overlay"),
         };
         let fstype = if self.fstype.is_empty() { default_fstype.to_owned() } else { self.fstype.clone() };
         if fstype.is_empty() {
@@ -58,9 +66,17 @@ impl Storage {
         spawn_blocking(move || {
             let target = &self.mount_point;
             fs::create_dir_all(target).step("make the mount point")?;
-            let data = std::ffi::CString::new(options.data).step("read the mount's options")?;
-            mount(&source, target, &fstype, options.flags, data.as_c_str())
-                .step_with(|| format!("mount {source} of type {fstype} on {}", target.display()))?;
+            if let Source::Overlay(overlay) = &self.source {
+                overlay.mount(target, &options.data, options.attributes())?;
+            } else {
+                let data = std::ffi::CString::new(options.data).step("read the mount's options")?;
+                mount(&source, target, &fstype, options.flags, data.as_c_str()).map_err(|errno| {
+                    let advice =
+                        if matches!(self.source, Source::Disk(_) | Source::File(_)) { disk_advice(errno) } else { "" };
+                    let step = format!("mount {source} of type {fstype} on {}", target.display());
+                    Error::failed(step, format!("{}{advice}", std::io::Error::from(errno)))
+                })?;
+            }
             if let Some(propagation) = options.propagation {
                 mount_change(target, propagation).step("set the mount's propagation")?;
             }
@@ -89,8 +105,8 @@ impl Mounted {
         &self.0
     }
 
-    /// Unmounts, at once if it is not in use. Otherwise the mount point is free at once and the rest follows with
-    /// the last use.
+    /// Unmounts, at once if it is not in use. Otherwise everything is written back and the mount point is free at once, and the
+    /// rest follows with the last use.
     pub(crate) async fn unmount(self) -> std::result::Result<(), (Self, Error)> {
         let target = self.0.clone();
         let result = spawn_blocking(move || unmount_now(&target)).await.step("unmount").flatten();
@@ -98,10 +114,27 @@ impl Mounted {
     }
 }
 
+/// What to do about a disk that cannot be mounted.
+fn disk_advice(errno: Errno) -> &'static str {
+    match errno {
+        Errno::INVAL | Errno::UCLEAN | Errno::IO | Errno::BADMSG => {
+            "; its file system is broken or of another type: check it with fsck where it comes from, or make it anew"
+        }
+        Errno::ROFS => "; its journal is to be replayed first: mount it once where it may be written to",
+        Errno::NODEV => "; the guest's kernel has no such file system: use ext4, xfs, erofs or squashfs",
+        _ => "",
+    }
+}
+
 fn unmount_now(target: &Path) -> Result<()> {
-    use rustix::io::Errno;
     match unmount(target, UnmountFlags::NOFOLLOW) {
-        Err(Errno::BUSY) => unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH),
+        Err(Errno::BUSY) => {
+            // A disk may be taken off the bus before the last use ends.
+            if let Ok(directory) = fs::File::open(target) {
+                let _ = rustix::fs::syncfs(directory);
+            }
+            unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)
+        }
         // Not mounted any more.
         Err(Errno::INVAL | Errno::NOENT) => Ok(()),
         result => result,
@@ -115,6 +148,21 @@ struct Options {
     flags: MountFlags,
     propagation: Option<MountPropagationFlags>,
     data: String,
+}
+
+impl Options {
+    /// The flags as fsmount(2) takes them.
+    fn attributes(&self) -> MountAttrFlags {
+        let pairs = [
+            (MountFlags::RDONLY, MountAttrFlags::MOUNT_ATTR_RDONLY),
+            (MountFlags::NOSUID, MountAttrFlags::MOUNT_ATTR_NOSUID),
+            (MountFlags::NODEV, MountAttrFlags::MOUNT_ATTR_NODEV),
+            (MountFlags::NOEXEC, MountAttrFlags::MOUNT_ATTR_NOEXEC),
+            (MountFlags::NOATIME, MountAttrFlags::MOUNT_ATTR_NOATIME),
+            (MountFlags::NODIRATIME, MountAttrFlags::MOUNT_ATTR_NODIRATIME),
+        ];
+        pairs.iter().filter(|(flag, _)| self.flags.contains(*flag)).map(|(_, attribute)| *attribute).collect()
+    }
 }
 
 fn parse_options(options: &[String]) -> std::result::Result<Options, String> {
@@ -217,6 +265,13 @@ mod tests {
             parsed(&["rslave"]).propagation,
             Some(MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
         );
+    }
+
+    #[test]
+    fn a_disk_that_cannot_be_mounted_has_a_remedy() {
+        for errno in [Errno::INVAL, Errno::UCLEAN, Errno::ROFS, Errno::NODEV] {
+            assert!(disk_advice(errno).starts_with("; "), "{errno}");
+        }
     }
 
     #[test]

@@ -127,9 +127,14 @@ pub(crate) struct Run {
     /// Refuse changes to the container's root
     #[arg(long)]
     pub read_only: bool,
-    /// Use this directory as the container's root instead of an image
-    #[arg(long, value_name = "DIR")]
+    /// Use this as the container's root instead of an image: a directory, or a raw file or block device with ext4 or xfs, which changes go to,
+    /// or with erofs or squashfs, which stays as it is while changes go to the guest's memory
+    #[arg(long, value_name = "DIR|FILE|DEVICE")]
     pub rootfs: Option<PathBuf>,
+    /// Have changes to the root go to a new disk of at most this size, in bytes or with a unit k, m, g or t, which goes with the container;
+    /// the root below it stays as it is. Takes mkfs.ext4 (e2fsprogs)
+    #[arg(long, value_name = "SIZE", value_parser = crate::mounts::bytes)]
+    pub storage_size: Option<u64>,
     /// How long the guest may take to come up, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 30, overrides_with = "boot_timeout")]
     pub boot_timeout: u64,

@@ -288,7 +288,7 @@ fn memory(text: &str) -> Result<Mount, Error> {
     Ok(Mount { destination: place(destination)?, kind: Kind::Tmpfs, options })
 }
 
-/// Reads a size in bytes with an optional unit b, k, m or g; 0 is no limit, as for podman.
+/// Reads a size in bytes with an optional unit b, k, m, g or t; 0 is no limit, as for podman.
 pub(crate) fn bytes(text: &str) -> Result<u64, Error> {
     let lower = text.to_ascii_lowercase();
     let digits = lower.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -297,10 +297,11 @@ pub(crate) fn bytes(text: &str) -> Result<u64, Error> {
         "k" | "kb" | "kib" => 10,
         "m" | "mb" | "mib" => 20,
         "g" | "gb" | "gib" => 30,
-        _ => return Err(format!("{text} is no size; write a number with b, k, m or g").into()),
+        "t" | "tb" | "tib" => 40,
+        _ => return Err(format!("{text} is no size; write a number with b, k, m, g or t").into()),
     };
     let number = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
-    number.ok_or_else(|| format!("{text} is no size; write a number with b, k, m or g").into())
+    number.ok_or_else(|| format!("{text} is no size; write a number with b, k, m, g or t").into())
 }
 
 fn octal(text: &str) -> Result<&str, Error> {
@@ -460,10 +461,12 @@ mod tests {
 
     #[test]
     fn sizes_have_units() {
-        for (text, size) in [("0", 0), ("5b", 5), ("64k", 65_536), ("64M", 67_108_864), ("1g", 1 << 30)] {
+        for (text, size) in
+            [("0", 0), ("5b", 5), ("64k", 65_536), ("64M", 67_108_864), ("1g", 1 << 30), ("2T", 2 << 40)]
+        {
             assert_eq!(bytes(text).unwrap(), size, "{text}");
         }
-        for text in ["", "k", "1t", "-1", "1.5g", "99999999999999999999", "18446744073709551615k"] {
+        for text in ["", "k", "1p", "-1", "1.5g", "99999999999999999999", "18446744073709551615k"] {
             assert!(bytes(text).is_err(), "{text}");
         }
     }

@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex};
 
 use hull_sandbox::agent::AgentError;
 use hull_sandbox::config::SandboxConfig;
-use hull_sandbox::container::{Connections, FileSystems, Process, Streams};
+use hull_sandbox::container::{Connections, Process, Setup, Streams};
 use hull_sandbox::host::Host;
 use hull_sandbox::network::Network;
 use hull_sandbox::registry::{Phase, Record};
+use hull_sandbox::root::{Prepared, Root};
 use hull_sandbox::sandbox::{Booting, Configured, Extras, Running, SandboxError};
-use hull_sandbox::share::RootSource;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::log::LogWriter;
@@ -39,7 +39,7 @@ pub(crate) struct Plan {
 /// What the container's file system is made of.
 #[derive(Debug)]
 pub(crate) struct Content {
-    pub root: RootSource,
+    pub root: Root,
     pub container: Container,
     pub mounts: Mounts,
     /// The layers of the images that `mounts` has, in its order.
@@ -69,9 +69,9 @@ pub(crate) async fn supervise(plan: Plan, started: impl FnOnce()) -> Result<u8, 
         .write(&record)
         .map_err(Error::from)
         .and_then(|()| prepare(&booting, &record.id, &content, &network))
-        .and_then(|(root, mounts)| spec::container(&program, &root, &content.container, &mounts));
-    let spec = match prepared {
-        Ok(spec) => spec,
+        .and_then(|(root, mounts)| Ok((spec::container(&program, &root.path, &content.container, &mounts)?, root)));
+    let prepared = match prepared {
+        Ok(prepared) => prepared,
         Err(error) => {
             booting.abandon().await;
             return Err(error);
@@ -86,7 +86,7 @@ pub(crate) async fn supervise(plan: Plan, started: impl FnOnce()) -> Result<u8, 
         let path = running.claim().dir().join("output.log");
         Some(Arc::new(Mutex::new(LogWriter::create(&path)?)))
     };
-    let outcome = run(&mut running, &mut record, &spec, streams, attach, log.as_ref(), &mut signals, started).await;
+    let outcome = run(&mut running, &mut record, &prepared, streams, attach, log.as_ref(), &mut signals, started).await;
     drop(log);
     let claim = running.stop().await?;
     record.vmm_pid = None;
@@ -115,16 +115,16 @@ pub(crate) async fn supervise(plan: Plan, started: impl FnOnce()) -> Result<u8, 
     }
 }
 
-/// Fills the tree that the guest sees; returns the root's place in the guest and what to mount in the container.
+/// Fills the tree that the guest sees; returns the root and what to mount in the container.
 fn prepare(
     booting: &Booting,
     id: &str,
     content: &Content,
     network: &Network,
-) -> Result<(String, Vec<GuestMount>), Error> {
+) -> Result<(Prepared, Vec<GuestMount>), Error> {
     let Content { root, container, mounts, image_layers, files } = content;
     let share = booting.share();
-    let root = share.add_root(id, root)?;
+    let root = root.prepare(share, id)?;
     let mut made = Vec::new();
     let hosts = dns::hosts(&container.hostname, &booting.addresses(), &files.extra_hosts);
     let hostname = format!("{}\n", container.hostname);
@@ -174,7 +174,7 @@ struct Failure {
 async fn run(
     running: &mut Running,
     record: &mut Record,
-    spec: &oci_spec::runtime::Spec,
+    (spec, root): &(oci_spec::runtime::Spec, Prepared),
     streams: Streams,
     attach: Attach,
     log: Option<&Arc<Mutex<LogWriter>>>,
@@ -183,17 +183,24 @@ async fn run(
 ) -> Result<u8, Failure> {
     let agent = running.agent().clone();
     let before = |error: Error| Failure { started: false, error };
+    let mut disks = running.disks();
     let launch = async {
-        let (process, connections) = Process::create(&agent, &record.id, spec, streams, FileSystems::default()).await?;
+        let storages = root.plug(&mut disks, &agent, &record.id).await?;
+        let user = record.guest_user.clone().unwrap_or_default();
+        let setup = Setup { storages, user, ..Setup::default() };
+        let (process, connections) = Process::create(&agent, &record.id, spec, streams, setup).await?;
         process.start().await?;
-        Ok::<_, AgentError>((process, connections))
+        Ok::<_, Error>((process, connections))
     };
     let (process, connections) = tokio::select! {
         biased;
-        launched = launch => match launched {
+        launched = launch => match launched.map_err(|error: Error| error.downcast::<AgentError>()) {
             Ok(launched) => launched,
-            Err(error @ AgentError::Silent { .. }) => return Err(before(cause(running, error).await)),
-            Err(error) => return Err(before(error.into())),
+            Err(Ok(error)) if matches!(*error, AgentError::Silent { .. }) => {
+                return Err(before(cause(running, *error).await));
+            }
+            Err(Ok(error)) => return Err(before(error)),
+            Err(Err(error)) => return Err(before(error)),
         },
         ended = running.ended() => return Err(before(ended.into())),
     };

@@ -4,8 +4,10 @@
 //! is what a schema cannot say: ports, the version, and the caps that each side puts on the other.
 #![deny(unsafe_code)]
 
+pub mod user;
+
 /// Version of the protocol. Sides with equal majors understand each other; a minor only adds.
-pub const VERSION: (u32, u32) = (1, 4);
+pub const VERSION: (u32, u32) = (1, 5);
 
 /// The vsock port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -45,6 +47,8 @@ pub const SHARE_TAG: &str = "hull";
 /// Where the guest has file systems of single containers that hold files of the host's, and what they have of volumes in memory:
 /// `CONTAINER/N` below it.
 pub const FILES_DIRECTORY: &str = "/run/hull/files";
+/// Where the guest has the roots of containers that it mounts itself, and what they are made of: `CONTAINER/NAME` below it.
+pub const ROOTS_DIRECTORY: &str = "/run/hull/roots";
 /// Where the guest mounts that share.
 pub const SHARE_MOUNT_POINT: &str = "/run/hull/shared";
 

@@ -32,13 +32,15 @@ pub enum Streams {
     },
 }
 
-/// What the guest is to have for a container before it is created, besides what lies in the tree that the guest sees.
+/// What the guest is to do for a container before it is created, besides what the specification says.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct FileSystems {
+pub struct Setup {
     /// The container's own, mounted in this order.
     pub storages: Vec<Storage>,
     /// Its views of volumes in the guest's memory.
     pub volumes: Vec<MemoryVolume>,
+    /// Whom its first process runs as, `USER[:GROUP]`, where the guest is to look that up; else empty.
+    pub user: String,
 }
 
 /// The host's ends of a process's streams.
@@ -68,7 +70,7 @@ impl Process {
         Self { agent: agent.clone(), container_id: container_id.to_owned(), exec_id: String::new() }
     }
 
-    /// Creates a container from `spec`, whose paths are the guest's, with file systems of its own. Its program does not run
+    /// Creates a container from `spec`, whose paths are the guest's. Its program does not run
     /// before [`Process::start`].
     ///
     /// # Errors
@@ -79,22 +81,24 @@ impl Process {
         container_id: &str,
         spec: &Spec,
         streams: Streams,
-        file_systems: FileSystems,
+        setup: Setup,
     ) -> Result<(Self, Connections), AgentError> {
         let (io, connections) = open_streams(agent, streams).await?;
         let request = CreateContainerRequest {
             container_id: container_id.to_owned(),
             spec: json(spec)?,
             io: Some(io).into(),
-            storages: file_systems.storages,
-            volumes: file_systems.volumes,
+            storages: setup.storages,
+            volumes: setup.volumes,
+            user: setup.user,
             ..Default::default()
         };
         answer("CreateContainer", agent.container.create_container(long(), &request).await)?;
         Ok((Self::init(agent, container_id), connections))
     }
 
-    /// Starts another process in a container.
+    /// Starts another process in a container, as the specification's user or, unless that is empty, as this one, whom the guest looks
+    /// up.
     ///
     /// # Errors
     ///
@@ -105,6 +109,7 @@ impl Process {
         exec_id: &str,
         process: &ProcessSpec,
         streams: Streams,
+        user: &str,
     ) -> Result<(Self, Connections), AgentError> {
         let (io, connections) = open_streams(agent, streams).await?;
         let request = ExecProcessRequest {
@@ -112,6 +117,7 @@ impl Process {
             exec_id: exec_id.to_owned(),
             process: json(process)?,
             io: Some(io).into(),
+            user: user.to_owned(),
             ..Default::default()
         };
         answer("ExecProcess", agent.container.exec_process(long(), &request).await)?;

@@ -1,6 +1,6 @@
-//! Block devices of the host that a sandbox's guest has as disks, put on its bus while it runs.
+//! Block devices and files of the host that a sandbox's guest has as disks, put on its bus while it runs.
 //!
-//! Containers that use one device share one disk, and with it the guest's cache of it, unless one that writes comes after one that only
+//! Containers that use one of them share one disk, and with it the guest's cache of it, unless one that writes comes after one that only
 //! reads. The last of them that goes takes the disk
 //! along: the guest lets go of it, the VMM takes it off the bus, and nobody has the host's device open any more.
 
@@ -8,11 +8,13 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use hull_protocol::agent::{AddDeviceRequest, RemoveDeviceRequest};
 use hull_vmm_api::config::{DiskConfig, Resource};
+use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::io::Errno;
 
 use crate::agent::{Agent, AgentError, answer, long, short};
 use crate::control::{Control, ControlError, Request, Response};
@@ -48,27 +50,33 @@ impl std::fmt::Display for HostDevice {
 /// A disk that did not come or go.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
-    /// The host's device.
-    #[error("the block device {device} cannot be opened: {source}; it must exist on the node")]
+    /// The host's device or file.
+    #[error("the disk {disk} cannot be opened: {source}; it must exist on the node")]
     Open {
         /// Which.
-        device: HostDevice,
+        disk: String,
         /// Why not.
         source: io::Error,
     },
+    /// Somebody else writes to it, or this one would while somebody else reads.
+    #[error("the disk {disk} is in use, by another sandbox or by a mount of the node; end that first, or use a copy")]
+    InUse {
+        /// Which.
+        disk: String,
+    },
     /// The VMM.
-    #[error("the block device {device} cannot be given to the guest: {source}")]
+    #[error("the disk {disk} cannot be given to the guest: {source}")]
     Control {
         /// Which.
-        device: HostDevice,
+        disk: String,
         /// Why not.
         source: ControlError,
     },
     /// The guest.
-    #[error("the guest does not take the block device {device}: {source}")]
+    #[error("the guest does not take the disk {disk}: {source}")]
     Agent {
         /// Which.
-        device: HostDevice,
+        disk: String,
         /// Why not.
         source: AgentError,
     },
@@ -80,7 +88,24 @@ pub struct Disks {
     control: PathBuf,
     /// How many there have been, for their names.
     made: u64,
-    by_device: HashMap<HostDevice, Added>,
+    by_backing: HashMap<Backing, Added>,
+}
+
+/// What is behind a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Backing {
+    Device(HostDevice),
+    File { device: u64, inode: u64, read_only: bool },
+}
+
+/// What is behind a disk, open.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    /// For messages.
+    name: String,
+    backing: Backing,
+    file: OwnedFd,
+    read_only: bool,
 }
 
 #[derive(Debug)]
@@ -96,7 +121,7 @@ impl Disks {
     /// No disks yet, of the VMM whose control socket is at `control`.
     #[must_use]
     pub fn new(control: PathBuf) -> Self {
-        Self { control, made: 0, by_device: HashMap::new() }
+        Self { control, made: 0, by_backing: HashMap::new() }
     }
 
     /// Has a device in the guest for a container and says which one it is there.
@@ -106,18 +131,42 @@ impl Disks {
     /// Fails where the host has no such block device, or VMM or guest refuse it.
     pub async fn add(&mut self, agent: &Agent, container: &str, device: HostDevice) -> Result<GuestDevice, DiskError> {
         // Who only reads is to see what others write, and two disks would have two caches in the guest.
-        let writable = HostDevice { read_only: false, ..device };
-        let known = if self.by_device.contains_key(&writable) { writable } else { device };
-        if let Some(added) = self.by_device.get_mut(&known) {
+        let writable = Backing::Device(HostDevice { read_only: false, ..device });
+        let known = if self.by_backing.contains_key(&writable) { writable } else { Backing::Device(device) };
+        if let Some(added) = self.by_backing.get_mut(&known) {
             added.users.insert(container.to_owned());
             return Ok(added.guest.clone());
         }
-        let (file, read_only) = open(device).map_err(|source| DiskError::Open { device, source })?;
+        let (file, read_only) = open(device).map_err(|source| DiskError::Open { disk: device.to_string(), source })?;
+        let opened = Opened { name: device.to_string(), backing: Backing::Device(device), file, read_only };
+        self.plug(agent, container, opened).await.map(|added| added.guest.clone())
+    }
+
+    /// Has what is open in the guest for a container and says at which address of the bus.
+    ///
+    /// # Errors
+    ///
+    /// Fails where VMM or guest refuse it.
+    pub(crate) async fn add_opened(
+        &mut self,
+        agent: &Agent,
+        container: &str,
+        opened: Opened,
+    ) -> Result<String, DiskError> {
+        if let Some(added) = self.by_backing.get_mut(&opened.backing) {
+            added.users.insert(container.to_owned());
+            return Ok(added.pci_address.clone());
+        }
+        self.plug(agent, container, opened).await.map(|added| added.pci_address.clone())
+    }
+
+    async fn plug(&mut self, agent: &Agent, container: &str, opened: Opened) -> Result<&Added, DiskError> {
+        let Opened { name: disk, backing, file, read_only } = opened;
         let id = format!("disk{}", self.made);
         self.made += 1;
-        let disk = DiskConfig { id: id.clone(), file: Resource::Attached(0), read_only, serial: None };
-        let failed = |source| DiskError::Control { device, source };
-        let response = self.call(Request::AddDisk(disk), Some(file)).await.map_err(failed)?;
+        let config = DiskConfig { id: id.clone(), file: Resource::Attached(0), read_only, serial: None };
+        let failed = |source| DiskError::Control { disk: disk.clone(), source };
+        let response = self.call(Request::AddDisk(config), Some(file)).await.map_err(failed)?;
         let Response::Added { pci_address } = response else {
             let source = ControlError::Connection(io::ErrorKind::InvalidData.into());
             return Err(failed(source));
@@ -128,31 +177,39 @@ impl Disks {
             Ok(answer) => GuestDevice { path: answer.device_path, major: answer.major, minor: answer.minor },
             Err(source) => {
                 self.take_off(agent, &id, pci_address).await;
-                return Err(DiskError::Agent { device, source });
+                return Err(DiskError::Agent { disk, source });
             }
         };
-        let users = HashSet::from([container.to_owned()]);
-        self.by_device.insert(device, Added { id, pci_address, guest: guest.clone(), users });
-        Ok(guest)
+        let added = Added { id, pci_address, guest, users: HashSet::from([container.to_owned()]) };
+        Ok(self.by_backing.entry(backing).insert_entry(added).into_mut())
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.by_backing.len()
     }
 
     /// The devices that a container uses, with what they are in the guest.
     #[must_use]
     pub fn of(&self, container: &str) -> Vec<(HostDevice, GuestDevice)> {
-        let used = self.by_device.iter().filter(|(_, added)| added.users.contains(container));
-        used.map(|(device, added)| (*device, added.guest.clone())).collect()
+        let used = self.by_backing.iter().filter(|(_, added)| added.users.contains(container));
+        let devices = used.filter_map(|(backing, added)| match backing {
+            Backing::Device(device) => Some((*device, added.guest.clone())),
+            Backing::File { .. } => None,
+        });
+        devices.collect()
     }
 
-    /// Lets go of a container's devices, and takes off the bus those that no other uses.
+    /// Lets go of a container's disks, and takes off the bus those that no other uses.
     pub async fn release(&mut self, agent: &Agent, container: &str) {
         let mut unused = Vec::new();
-        for (device, added) in &mut self.by_device {
+        for (backing, added) in &mut self.by_backing {
             if added.users.remove(container) && added.users.is_empty() {
-                unused.push(*device);
+                unused.push(*backing);
             }
         }
-        for device in unused {
-            if let Some(added) = self.by_device.remove(&device) {
+        for backing in unused {
+            if let Some(added) = self.by_backing.remove(&backing) {
                 self.take_off(agent, &added.id, added.pci_address).await;
             }
         }
@@ -198,6 +255,56 @@ fn open(device: HostDevice) -> io::Result<(OwnedFd, bool)> {
     Ok((file.into(), read_only))
 }
 
+impl Opened {
+    /// Opens a raw file or a block device that holds a file system. Nobody but this sandbox may write to it meanwhile, and for a
+    /// writer nobody may read it either: both would destroy what is on it.
+    ///
+    /// # Errors
+    ///
+    /// Fails where it is neither, or somebody else uses it.
+    pub(crate) fn file_system(path: &Path, read_only: bool) -> Result<Self, DiskError> {
+        let name = path.display().to_string();
+        let failed = |source: io::Error| match source.kind() {
+            io::ErrorKind::ResourceBusy | io::ErrorKind::WouldBlock => DiskError::InUse { disk: name.clone() },
+            _ => DiskError::Open { disk: name.clone(), source },
+        };
+        let (file, backing, read_only) = open_file_system(path, read_only).map_err(failed)?;
+        Ok(Self { name, backing, file, read_only })
+    }
+}
+
+fn open_file_system(path: &Path, read_only: bool) -> io::Result<(OwnedFd, Backing, bool)> {
+    let is_device = std::fs::metadata(path)?.file_type().is_block_device();
+    // The kernel gives a device to one such opener, and to none while it is mounted.
+    let exclusive = if is_device && !read_only { OFlags::EXCL } else { OFlags::empty() };
+    // A FIFO in its place must not block.
+    let flags = i32::try_from((exclusive | OFlags::NONBLOCK).bits()).unwrap_or(0);
+    let file = File::options().read(true).write(!read_only).custom_flags(flags).open(path)?;
+    let metadata = file.metadata()?;
+    let kind = metadata.file_type();
+    if kind.is_block_device() != is_device || !(is_device || kind.is_file()) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is neither a raw file nor a block device"));
+    }
+    if is_device {
+        let (major, minor) = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
+        let device = HostDevice { major, minor, read_only };
+        let is_read_only = std::fs::read_to_string(format!("/sys/dev/block/{device}/ro"))?.trim() != "0";
+        return Ok((file.into(), Backing::Device(device), read_only || is_read_only));
+    }
+    // The lock is of what is open, so the VMM holds it for as long as it has the disk.
+    let lock = match read_only {
+        true => FlockOperation::NonBlockingLockShared,
+        false => FlockOperation::NonBlockingLockExclusive,
+    };
+    match flock(&file, lock) {
+        // A file system without locks, which is no reason to do without its files.
+        Err(Errno::NOLCK | Errno::NOTSUP | Errno::INVAL) | Ok(()) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let backing = Backing::File { device: metadata.dev(), inode: metadata.ino(), read_only };
+    Ok((file.into(), backing, read_only))
+}
+
 fn device_name(uevent: &str) -> Option<&str> {
     let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="))?;
     (!name.is_empty() && !name.split('/').any(|part| part == "..")).then_some(name)
@@ -220,5 +327,28 @@ mod tests {
     fn a_device_that_the_host_does_not_have_is_not_found() {
         let device = HostDevice { major: 4095, minor: 1_048_575, read_only: true };
         assert_eq!(open(device).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_file_has_one_writer_or_any_number_of_readers() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = |read_only| Opened::file_system(file.path(), read_only);
+        let in_use = |opened: Result<Opened, DiskError>| matches!(opened, Err(DiskError::InUse { .. }));
+        let reader = open(true).unwrap();
+        let another = open(true).unwrap();
+        assert_eq!(reader.backing, another.backing);
+        assert!(in_use(open(false)));
+        drop((reader, another));
+        let _writer = open(false).unwrap();
+        assert!(in_use(open(true)) && in_use(open(false)));
+    }
+
+    #[test]
+    fn what_is_no_disk_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        for path in [dir.path(), Path::new("/dev/null"), &dir.path().join("missing")] {
+            let error = Opened::file_system(path, true).unwrap_err().to_string();
+            assert!(error.contains(&path.display().to_string()), "{error}");
+        }
     }
 }

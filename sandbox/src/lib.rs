@@ -28,12 +28,17 @@ mod console;
 pub mod container;
 pub mod control;
 pub mod disks;
+pub mod ext4;
 pub mod host;
 pub mod mount;
 pub mod network;
 pub mod registry;
+pub mod root;
 pub mod sandbox;
 pub mod share;
+pub mod superblock;
 mod turn;
 pub mod vmm;
 pub mod vsock;
+
+pub use hull_protocol::user;

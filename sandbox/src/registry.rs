@@ -102,6 +102,9 @@ pub struct Record {
     /// The environment, user and working directory that `exec` takes as its own: the `process` object of the container's
     /// OCI specification.
     pub process: serde_json::Value,
+    /// Where the guest looks users up, as in roots that it mounts itself: whom the container runs as, `USER[:GROUP]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_user: Option<String>,
 }
 
 /// The state directory.
@@ -408,6 +411,7 @@ mod tests {
             exit_code: None,
             failure: None,
             process: serde_json::Value::Null,
+            guest_user: None,
         }
     }
 

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! shared/CONTAINER/rootfs       the container's root: an overlay, or somebody's directory
-//! shared/CONTAINER/volumes/N    a bind mount of a file or directory of the host
+//! shared/CONTAINER/volumes/N    a bind mount of a file or directory of the host; `layerN` is one of the root's
 //! shared/CONTAINER/files/NAME   a file made for the container: hosts, hostname, resolv.conf
 //! ```
 //!
@@ -26,7 +26,9 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
 };
 
+use crate::ext4;
 use crate::mount::FileSystem;
+use crate::root::RootError;
 
 /// A mount or directory of a share that could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -88,8 +90,8 @@ fn unshare_mounts() -> rustix::io::Result<()> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).map_err(|errno| Errno::from_raw_os_error(errno as i32))
 }
 
-/// Where a container's root comes from.
-#[derive(Clone, Debug)]
+/// Where a container's root comes from, of what is mounted on the host; [`crate::root`] has the rest.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RootSource {
     /// A directory of the host, used as it is: the container's writes go there.
     Directory(PathBuf),
@@ -106,6 +108,13 @@ pub struct Volume {
     pub read_only: bool,
     /// Who owns the files.
     pub owners: Owners,
+}
+
+impl Volume {
+    /// One that nobody can change through it.
+    fn unchanging(source: &Path) -> Self {
+        Self { source: source.to_owned(), read_only: true, ..Self::default() }
+    }
 }
 
 /// Who stands on the host for the container's root: the two change places, so that what either makes is the other's on the other side, and
@@ -227,6 +236,34 @@ impl Share {
         Ok(format!("{SHARE_MOUNT_POINT}/{container}/rootfs"))
     }
 
+    /// Puts what lies below a container's root into the tree, so that nothing can be written to it, and says where the guest finds it.
+    ///
+    /// # Errors
+    ///
+    /// Fails where a source is missing or a mount fails.
+    pub fn add_lower_root(&self, container: &str, source: &RootSource) -> Result<String, ShareError> {
+        let target = root_in(&self.root, container);
+        make_dir_all(&target)?;
+        match source {
+            RootSource::Directory(directory) => bind(&Volume::unchanging(directory), &target)?,
+            RootSource::Layers(layers) => mount_read_only(layers, &target)?,
+        }
+        Ok(format!("{SHARE_MOUNT_POINT}/{container}/rootfs"))
+    }
+
+    /// Makes a disk for what a container writes and says where it is on the host. It goes with the container's part of the tree.
+    ///
+    /// # Errors
+    ///
+    /// Fails where it cannot be made.
+    pub(crate) fn add_disk(&self, container: &str, bytes: u64) -> Result<PathBuf, RootError> {
+        let dir = self.layers.join(container);
+        make_dir_all(&dir)?;
+        let path = dir.join("disk.ext4");
+        ext4::make(&path, bytes)?;
+        Ok(path)
+    }
+
     /// Puts a container's root into the tree that others have prepared as file systems, mounted one over the other in this
     /// order, and says where the guest finds it.
     ///
@@ -271,10 +308,26 @@ impl Share {
         volume: &Volume,
         caching: Caching,
     ) -> Result<String, ShareError> {
+        self.place_volume(container, &index.to_string(), volume, caching)
+    }
+
+    /// Puts a layer of a container's root, a file, into the tree as a volume that nobody can change.
+    pub(crate) fn add_layer(&self, container: &str, index: usize, file: &Path) -> Result<String, ShareError> {
+        let volume = Volume::unchanging(file);
+        self.place_volume(container, &format!("layer{index}"), &volume, Caching::Auto)
+    }
+
+    fn place_volume(
+        &self,
+        container: &str,
+        name: &str,
+        volume: &Volume,
+        caching: Caching,
+    ) -> Result<String, ShareError> {
         let tree = caching.share().map_or_else(|| self.root.clone(), |(_, directory)| self.root.join(directory));
         let dir = tree.join(container).join("volumes");
         make_dir_all(&dir)?;
-        let target = dir.join(index.to_string());
+        let target = dir.join(name);
         let metadata = std::fs::metadata(&volume.source)
             .map_err(|source| ShareError::Source { path: volume.source.clone(), source })?;
         if metadata.is_dir() {
@@ -283,7 +336,7 @@ impl Share {
             make_file(&target, b"")?;
         }
         bind(volume, &target)?;
-        Ok(format!("{}/{container}/volumes/{index}", caching.mount_point()))
+        Ok(format!("{}/{container}/volumes/{name}", caching.mount_point()))
     }
 
     /// Puts an image's files into the tree, as a volume that nobody can change, and says where the guest finds it. `layers` are as in
@@ -296,14 +349,7 @@ impl Share {
         let dir = self.root.join(container).join("volumes");
         let target = dir.join(index.to_string());
         make_dir_all(&target)?;
-        match layers {
-            [] => {}
-            // Overlayfs wants two layers unless one can be written to.
-            [layer] => bind(&Volume { source: layer.clone(), read_only: true, ..Default::default() }, &target)?,
-            layers => {
-                overlay(layers, None, &target).map_err(|errno| mount_error("the image's layers", &target, errno))?;
-            }
-        }
+        mount_read_only(layers, &target)?;
         Ok(format!("{SHARE_MOUNT_POINT}/{container}/volumes/{index}"))
     }
 
@@ -385,6 +431,16 @@ impl Share {
         make_dir_all(&work)?;
         overlay(layers, Some((&upper, &work)), target)
             .map_err(|errno| mount_error("the container's layers", target, errno))
+    }
+}
+
+/// Mounts an image's layers so that nothing can be written to them.
+fn mount_read_only(layers: &[PathBuf], target: &Path) -> Result<(), ShareError> {
+    match layers {
+        [] => Ok(()),
+        // Overlayfs wants two layers unless one can be written to.
+        [layer] => bind(&Volume::unchanging(layer), target),
+        layers => overlay(layers, None, target).map_err(|errno| mount_error("the image's layers", target, errno)),
     }
 }
 

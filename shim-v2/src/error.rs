@@ -3,8 +3,10 @@
 use hull_sandbox::agent::AgentError;
 use hull_sandbox::cgroup::CgroupError;
 use hull_sandbox::disks::DiskError;
+use hull_sandbox::ext4::Ext4Error;
 use hull_sandbox::network::NetworkError;
 use hull_sandbox::registry::RegistryError;
+use hull_sandbox::root::RootError;
 use hull_sandbox::sandbox::SandboxError;
 use hull_sandbox::share::ShareError;
 use ttrpc::Code;
@@ -53,6 +55,9 @@ pub(crate) enum Error {
     /// The tree that the guest sees.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// A container's root.
+    #[error(transparent)]
+    Root(#[from] RootError),
 }
 
 pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
@@ -79,9 +84,13 @@ impl Error {
             Self::Cgroup(CgroupError::Version) => Code::FAILED_PRECONDITION,
             Self::Cgroup(CgroupError::Path(_)) => Code::INVALID_ARGUMENT,
             Self::Cgroup(CgroupError::Use { source, .. }) | Self::Disk(DiskError::Open { source, .. }) => of_io(source),
+            Self::Disk(DiskError::InUse { .. }) => Code::FAILED_PRECONDITION,
             Self::Disk(DiskError::Control { .. }) => Code::INTERNAL,
             Self::Disk(DiskError::Agent { source, .. }) => of_agent(source),
-            Self::Share(error) => of_share(error),
+            Self::Share(error) | Self::Root(RootError::Share(error)) => of_share(error),
+            Self::Root(RootError::Empty | RootError::Ext4(Ext4Error::Size(_))) => Code::INVALID_ARGUMENT,
+            Self::Root(RootError::Ext4(Ext4Error::NoProgram)) => Code::FAILED_PRECONDITION,
+            Self::Root(RootError::Ext4(Ext4Error::Make { source, .. })) => of_io(source),
         }
     }
 }

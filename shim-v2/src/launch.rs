@@ -17,7 +17,7 @@ use protobuf::{Message, MessageField};
 use crate::annotations::{self, Role};
 use crate::bootstrap::{self, Start, address};
 use crate::flags::Flags;
-use crate::{Trouble, spec};
+use crate::{Trouble, rootfs, spec};
 
 /// Named in the bundle of the container that the shim was started for, so that `delete` can tell it from others.
 pub(crate) const PID_FILE: &str = "shim.pid";
@@ -25,6 +25,8 @@ pub(crate) const PID_FILE: &str = "shim.pid";
 pub(crate) const SOCKET_FILE: &str = "shim.socket";
 /// In each container's bundle, where containerd 1.7 finds the shim again after a restart of its own; version 2 keeps what it was answered.
 const ADDRESS_FILE: &str = "address";
+/// In what `-info` prints: the types of mounts that containerd hands over unmounted.
+const ALLOW_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
 /// The kernel's highest OOM score adjustment.
 const MAX_OOM_SCORE: i32 = 1000;
 
@@ -139,10 +141,12 @@ pub(crate) fn info() -> Result<Vec<u8>, Trouble> {
     // Options may be on standard input, and there are none that change the answer.
     bootstrap::read_input()?;
     let version = RuntimeVersion { version: env!("CARGO_PKG_VERSION").to_owned(), ..Default::default() };
+    let annotations = [(ALLOW_MOUNTS.to_owned(), rootfs::ALLOWED.to_owned())];
     let info = RuntimeInfo {
         name: "io.containerd.hull.v2".to_owned(),
         version: MessageField::some(version),
         features: MessageField::some(features()?),
+        annotations: annotations.into(),
         ..Default::default()
     };
     Ok(info.write_to_bytes()?)

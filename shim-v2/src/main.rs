@@ -23,6 +23,7 @@ mod live;
 mod memory;
 mod pod;
 mod process;
+mod rootfs;
 mod sandbox;
 mod spec;
 mod stats;

@@ -9,12 +9,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hull_protocol::agent::Storage;
 use hull_sandbox::agent::{Agent, AgentError};
 use hull_sandbox::config::SandboxConfig;
 use hull_sandbox::disks::{Disks, GuestDevice, HostDevice};
 use hull_sandbox::host::Host;
 use hull_sandbox::network::Network;
 use hull_sandbox::registry::Registry;
+use hull_sandbox::root::Prepared;
 use hull_sandbox::sandbox::{Configured, Running};
 use hull_sandbox::share::Share;
 use sha2::{Digest, Sha256};
@@ -165,12 +167,22 @@ impl Vm {
         Ok(added)
     }
 
+    /// Has the disks of a container's root in the guest, and says what is to be mounted there.
+    ///
+    /// # Errors
+    ///
+    /// Fails with the first that cannot be had; those before it are released with the container's others.
+    pub(crate) async fn plug_root(&self, container: &str, root: &Prepared) -> Result<Vec<Storage>> {
+        let mut disks = self.disks.lock().await;
+        Ok(root.plug(&mut disks, &self.agent, container).await?)
+    }
+
     /// What a container's block devices are in the guest.
     pub(crate) async fn disks_of(&self, container: &str) -> Vec<(HostDevice, GuestDevice)> {
         self.disks.lock().await.of(container)
     }
 
-    /// Lets go of a container's block devices.
+    /// Lets go of a container's disks.
     pub(crate) async fn release_disks(&self, container: &str) {
         self.disks.lock().await.release(&self.agent, container).await;
     }

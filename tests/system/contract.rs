@@ -7,6 +7,7 @@ mod bad_input;
 mod binary;
 mod events;
 mod grouping;
+mod roots;
 mod sandbox;
 mod streams;
 mod task;

@@ -4,6 +4,7 @@
 
 mod block;
 mod restart;
+mod roots;
 mod semantics;
 mod streaming;
 mod volumes;

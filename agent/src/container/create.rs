@@ -24,6 +24,8 @@ pub(crate) struct CreateRequest {
     pub(crate) io: Io,
     pub(crate) storages: Vec<Storage>,
     pub(crate) volumes: Vec<Volume>,
+    /// To be looked up in the root; empty where the specification says it.
+    pub(crate) user: String,
 }
 
 impl Containers {
@@ -73,7 +75,7 @@ impl Container {
             self.lock().mounted.push(mounted);
         }
         // After these, which may hold the root and the sources of mounts.
-        let adapted = spec::adapt(&request.spec, &request.io, &self.cgroup.path())?;
+        let adapted = spec::adapt(&request.spec, &request.io, &self.cgroup.path(), &request.user)?;
         adapted.spec.save(self.directory.join("config.json")).step("write the bundle")?;
         let state_directory = self.directory.join("state");
         make_directory(&state_directory).step("make libcontainer's directory")?;

@@ -1,5 +1,6 @@
 //! Starts another process in a running container.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use oci_spec::runtime::Process as SpecProcess;
@@ -13,11 +14,20 @@ use crate::streams::parking::Parking;
 use crate::streams::stdio::{Io, WindowSize};
 
 impl Container {
-    /// Starts a process, given as the `process` of an OCI specification in JSON.
-    pub(crate) async fn exec(self: &Arc<Self>, exec_id: &str, json: &[u8], io: &Io, parking: &Parking) -> Result<Pid> {
-        let (process, window) = spec::exec_process(json, io)?;
+    /// Starts a process, given as the `process` of an OCI specification in JSON, as its user or, unless that is empty, as this one.
+    pub(crate) async fn exec(
+        self: &Arc<Self>,
+        exec_id: &str,
+        (json, user): (&[u8], &str),
+        io: &Io,
+        parking: &Parking,
+    ) -> Result<Pid> {
         let init_pid = self.reserve_exec(exec_id)?;
-        let result = self.spawn(exec_id, init_pid, process, window, io, parking).await;
+        let root = PathBuf::from(format!("/proc/{}/root", init_pid.as_raw_nonzero()));
+        let result = match spec::exec_process(json, io, user, &root) {
+            Ok((process, window)) => self.spawn(exec_id, init_pid, process, window, io, parking).await,
+            Err(error) => Err(error),
+        };
         let mut state = self.lock();
         state.starting.remove(exec_id);
         // The first process may have ended meanwhile, and its end waited for this.

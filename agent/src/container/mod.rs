@@ -26,6 +26,7 @@ mod start;
 mod stats;
 mod update;
 mod update_files;
+mod user;
 mod wait;
 
 use std::collections::{HashMap, HashSet};
@@ -129,6 +130,16 @@ impl Containers {
     pub(crate) async fn kill_all(&self) -> Result<()> {
         self.cgroup.kill()?;
         self.cgroup.wait_empty().await
+    }
+
+    /// Unmounts all file systems of containers, none of which may have a process: so that those on disks are whole.
+    pub(crate) async fn unmount_all(&self) {
+        let containers: Vec<_> = self.lock().values().cloned().collect();
+        for container in containers {
+            if let Err(error) = container.unmount().await {
+                tracing::error!("container {}: {error}", container.id);
+            }
+        }
     }
 
     pub(crate) fn get(&self, id: &str) -> Result<Arc<Container>> {

@@ -57,16 +57,21 @@ impl Container {
             // As the specification wants it: logged, and the removal goes on.
             tracing::warn!("container {}: {error}", self.id);
         }
+        self.unmount().await?;
+        match fs::remove_dir_all(&self.directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result.step("remove the container's directory"),
+        }
+    }
+
+    /// Takes back what has been mounted for it, last first.
+    pub(super) async fn unmount(&self) -> Result<()> {
         loop {
-            let Some(mounted) = self.lock().mounted.pop() else { break };
+            let Some(mounted) = self.lock().mounted.pop() else { return Ok(()) };
             if let Err((mounted, error)) = mounted.unmount().await {
                 self.lock().mounted.push(mounted);
                 return Err(error);
             }
-        }
-        match fs::remove_dir_all(&self.directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result.step("remove the container's directory"),
         }
     }
 }

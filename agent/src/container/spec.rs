@@ -12,6 +12,7 @@ use oci_spec::runtime::{
     Mount, Process, Spec,
 };
 
+use super::user;
 use crate::error::{Error, Result};
 use crate::streams::stdio::{Io, WindowSize};
 
@@ -27,8 +28,9 @@ pub(crate) struct Adapted {
     pub(crate) has_poststop: bool,
 }
 
-/// Checks a specification and makes it ready. `cgroup` is the path of the container's cgroup in the hierarchy.
-pub(crate) fn adapt(json: &[u8], io: &Io, cgroup: &Path) -> Result<Adapted> {
+/// Checks a specification and makes it ready. `cgroup` is the path of the container's cgroup in the hierarchy, `user` whom it is to run
+/// as instead of what it says itself.
+pub(crate) fn adapt(json: &[u8], io: &Io, cgroup: &Path, user: &str) -> Result<Adapted> {
     let mut spec: Spec = serde_json::from_slice(json).map_err(|error| Error::invalid("spec", error.to_string()))?;
     if !spec.version().starts_with("1.") {
         return Err(Error::invalid("ociVersion", format!("{} is not of version 1", spec.version())));
@@ -47,6 +49,7 @@ pub(crate) fn adapt(json: &[u8], io: &Io, cgroup: &Path) -> Result<Adapted> {
     let root = root.path().clone();
 
     let mut process = spec.process().clone().ok_or_else(|| Error::invalid("process", "is missing"))?;
+    user::apply(&mut process, user, &root)?;
     let window = adapt_process(&mut process, io)?;
     set_home(&mut process, &root);
     spec.set_process(Some(process));
@@ -87,10 +90,11 @@ pub(crate) fn adapt(json: &[u8], io: &Io, cgroup: &Path) -> Result<Adapted> {
     })
 }
 
-/// Reads and checks the `process` of an exec.
-pub(crate) fn exec_process(json: &[u8], io: &Io) -> Result<(Process, WindowSize)> {
+/// Reads and checks the `process` of an exec in a container with this root.
+pub(crate) fn exec_process(json: &[u8], io: &Io, user: &str, root: &Path) -> Result<(Process, WindowSize)> {
     let mut process: Process =
         serde_json::from_slice(json).map_err(|error| Error::invalid("process", error.to_string()))?;
+    user::apply(&mut process, user, root)?;
     let window = adapt_process(&mut process, io)?;
     Ok((process, window))
 }
@@ -326,7 +330,7 @@ mod tests {
     fn adapted(change: impl FnOnce(&mut Value)) -> Result<Adapted> {
         let mut spec = base();
         change(&mut spec);
-        adapt(spec.to_string().as_bytes(), &Io::default(), Path::new("/containers/c"))
+        adapt(spec.to_string().as_bytes(), &Io::default(), Path::new("/containers/c"), "")
     }
 
     fn refused(change: impl FnOnce(&mut Value)) -> String {
@@ -411,11 +415,11 @@ mod tests {
         let json = json!({ "args": ["sh"], "cwd": "/", "user": { "uid": 0, "gid": 0 },
             "consoleSize": { "height": 5, "width": 70000 } });
         let io = Io { terminal: true, ..Io::default() };
-        let (process, window) = exec_process(json.to_string().as_bytes(), &io).unwrap();
+        let (process, window) = exec_process(json.to_string().as_bytes(), &io, "", Path::new("/")).unwrap();
         assert_eq!(window, WindowSize { columns: u16::MAX, rows: 5 });
         assert_eq!(process.terminal(), Some(true));
         let io = Io { size: WindowSize { columns: 80, rows: 24 }, ..io };
-        assert_eq!(exec_process(json.to_string().as_bytes(), &io).unwrap().1, io.size);
+        assert_eq!(exec_process(json.to_string().as_bytes(), &io, "", Path::new("/")).unwrap().1, io.size);
     }
 
     #[test]

@@ -41,6 +41,7 @@ impl ContainerService for Services {
             io: convert::io(&request.io)?,
             storages: convert::storages(request.storages)?,
             volumes: convert::volumes(request.volumes)?,
+            user: request.user,
         };
         let containers = self.containers.clone();
         let pid = detached(async move { containers.create(request).await }).await?;
@@ -58,8 +59,11 @@ impl ContainerService for Services {
         let container = self.container(&request.container_id)?;
         let io = convert::io(&request.io)?;
         let parking = self.containers.parking.clone();
-        let pid =
-            detached(async move { container.exec(&request.exec_id, &request.process, &io, &parking).await }).await?;
+        let pid = detached(async move {
+            let process = (request.process.as_slice(), request.user.as_str());
+            container.exec(&request.exec_id, process, &io, &parking).await
+        });
+        let pid = pid.await?;
         Ok(ExecProcessResponse { pid: pid.as_raw_nonzero().get() as u32, ..Default::default() })
     }
 

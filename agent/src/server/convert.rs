@@ -11,6 +11,7 @@ use crate::container::spec::check_path;
 use crate::error::{Error, Result};
 use crate::events::{Event, ExitStatus, What};
 use crate::files::{self, File};
+use crate::overlay::Overlay;
 use crate::storage::{Source, Storage};
 use crate::streams::parking::Token;
 use crate::streams::stdio::{Io, WindowSize};
@@ -79,12 +80,29 @@ fn storage(storage: wire::Storage) -> Result<Storage> {
         }
         Some(wire::storage::Source::FsTag(tag)) => Source::FsTag(tag),
         Some(wire::storage::Source::PciAddress(address)) => Source::Disk(address.parse()?),
+        Some(wire::storage::Source::Path(path)) => {
+            check_path("storages.path", Path::new(&path))?;
+            Source::File(path)
+        }
         Some(wire::storage::Source::None(_)) => Source::None,
+        Some(wire::storage::Source::Overlay(overlay)) => Source::Overlay(self::overlay(overlay)?),
         Some(_) | None => return Err(Error::invalid("storages.source", "is missing")),
     };
     let mount_point = mount_point("storages.mount_point", storage.mount_point)?;
     let files = files(storage.files)?;
     Ok(Storage { source, fstype: storage.fstype, options: storage.options, mount_point, files })
+}
+
+fn overlay(overlay: wire::Overlay) -> Result<Overlay> {
+    let lower: Vec<PathBuf> = overlay.lower.into_iter().map(PathBuf::from).collect();
+    let writable = Some(overlay.writable).filter(|path| !path.is_empty()).map(PathBuf::from);
+    lower.iter().try_for_each(|path| check_path("storages.overlay.lower", path))?;
+    writable.iter().try_for_each(|path| check_path("storages.overlay.writable", path))?;
+    let least = if writable.is_some() { 1 } else { 2 };
+    if lower.len() < least {
+        return Err(Error::invalid("storages.overlay.lower", format!("has fewer than {least} directories")));
+    }
+    Ok(Overlay { lower, writable })
 }
 
 fn mount_point(field: &'static str, path: String) -> Result<PathBuf> {
@@ -277,6 +295,22 @@ mod tests {
         assert!(make(None, "/data").is_err());
         assert!(make(Some(wire::storage::Source::PciAddress("x".into())), "/data").is_err());
         assert!(make(Some(wire::storage::Source::FsTag(String::new())), "/data").is_err());
+        assert!(make(Some(wire::storage::Source::Path("/shared/layer".into())), "/data").is_ok());
+        assert!(make(Some(wire::storage::Source::Path("layer".into())), "/data").is_err());
+    }
+
+    #[test]
+    fn an_overlay_has_layers_by_their_paths_in_the_guest() {
+        let make = |lower: &[&str], writable: &str| {
+            let lower = lower.iter().map(ToString::to_string).collect();
+            overlay(wire::Overlay { lower, writable: writable.into(), ..Default::default() })
+        };
+        assert!(make(&["/a"], "/w").unwrap().writable.is_some());
+        assert!(make(&["/a", "/b"], "").unwrap().writable.is_none());
+        for (lower, writable) in [(&[][..], "/w"), (&["/a"], ""), (&["a"], "/w"), (&["/a/../b"], "/w"), (&["/a"], "w")]
+        {
+            assert!(make(lower, writable).is_err(), "{lower:?} {writable}");
+        }
     }
 
     #[test]

@@ -15,15 +15,15 @@ use crate::{Error, Outcome};
 pub(super) fn run(args: Exec, host: &Host) -> Outcome {
     let registry = super::registry(host);
     let record = super::find_running(&registry, &args.container)?;
-    let root = registry.root(&record);
-    let process = process(&record, &args.process, args.command, &root)?;
+    let process = process(&record, &args.process, args.command, &registry.root(&record))?;
+    let user = guest_user(&record, &args.process);
     let process: oci_spec::runtime::Process = serde_json::from_value(process)?;
     let streams = super::run::streams(&args.process)?;
     super::runtime()?.block_on(async {
         let mut signals = Signals::new()?;
         let agent = super::connect(&registry, &record).await?;
         let exec_id = super::run::random_id()?;
-        let (process, connections) = Process::exec(&agent, &record.id, &exec_id, &process, streams).await?;
+        let (process, connections) = Process::exec(&agent, &record.id, &exec_id, &process, streams, &user).await?;
         let code = attend(&process, connections, streams, Attach::Own, None, &mut signals).await?;
         // The process has ended and its status is known; an agent that keeps its record does no harm.
         if let Err(error) = process.remove().await {
@@ -43,7 +43,7 @@ fn process(record: &Record, options: &ProcessOptions, command: Vec<String>, root
     }
     let mut env: Vec<String> = serde_json::from_value(process["env"].clone())?;
     super::run::apply_env(&mut env, &options.env);
-    if let Some(user) = &options.user {
+    if let Some(user) = options.user.as_ref().filter(|_| record.guest_user.is_none()) {
         let user = crate::image::user::resolve(user, &[root.to_owned()])?;
         process["user"] = json!({ "uid": user.uid, "gid": user.gid, "additionalGids": user.additional_gids });
         let has_home = options.env.iter().any(|variable| variable == "HOME" || variable.starts_with("HOME="));
@@ -59,8 +59,19 @@ fn process(record: &Record, options: &ProcessOptions, command: Vec<String>, root
             process["capabilities"]["permitted"] = bounding;
         }
     }
+    let given = |variable: &String| variable == "HOME" || variable.starts_with("HOME=");
+    if record.guest_user.is_some() && options.user.is_some() && !options.env.iter().any(given) {
+        // The guest finds that of the other user.
+        env.retain(|variable| !variable.starts_with("HOME="));
+    }
     process["env"] = env.into();
     Ok(process)
+}
+
+/// Whom the guest is to look up: the one that is asked for, or whom the container runs as. Nobody where that is the host's to do.
+fn guest_user(record: &Record, options: &ProcessOptions) -> String {
+    let own = record.guest_user.as_ref();
+    own.map(|own| options.user.as_ref().unwrap_or(own).clone()).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -108,6 +119,24 @@ mod tests {
         assert_eq!(process["env"], json!(["HOME=/mine"]));
         assert_eq!(process["capabilities"]["effective"], json!(["CAP_KILL"]));
         assert!(as_user("nobody", &[], root.path()).unwrap_err().to_string().contains("`nobody`"));
+    }
+
+    #[test]
+    fn whom_the_guest_looks_up_the_host_does_not() {
+        let options = |user: Option<&str>| ProcessOptions {
+            interactive: false,
+            tty: false,
+            env: Vec::new(),
+            workdir: None,
+            user: user.map(str::to_owned),
+        };
+        assert_eq!(guest_user(&record(), &options(Some("web"))), "");
+        let in_guest = Record { guest_user: Some("www:log".to_owned()), ..record() };
+        assert_eq!(guest_user(&in_guest, &options(None)), "www:log");
+        assert_eq!(guest_user(&in_guest, &options(Some("web"))), "web");
+        let process =
+            process(&in_guest, &options(Some("web")), vec!["true".to_owned()], Path::new("/nowhere")).unwrap();
+        assert_eq!((&process["user"], &process["env"]), (&record().process["user"], &json!([])));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Write};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -12,7 +13,9 @@ use hull_sandbox::host::Host;
 use hull_sandbox::network::cni::{self, PortMapping};
 use hull_sandbox::network::{Network, has_user};
 use hull_sandbox::registry::{Phase, Record};
+use hull_sandbox::root::{Base, Disk, Root, Writes};
 use hull_sandbox::share::{RootSource, enter_mount_namespace};
+use hull_sandbox::superblock::Kind;
 use hull_settings::{RunNetwork, Settings};
 use rustix::rand::{GetRandomFlags, getrandom};
 
@@ -94,11 +97,16 @@ fn plan(args: Run, network: &str, host: Host, settings: &Settings) -> Result<Pre
 
     let id = random_id()?;
     let root = match (&args.rootfs, &image) {
-        (Some(directory), _) => RootSource::Directory(super::absolute(directory)?),
-        (None, Some(image)) => RootSource::Layers(image.layers().to_vec()),
+        (Some(path), _) => root_at(path)?,
+        (None, Some(image)) => Root::of_host(RootSource::Layers(image.layers().to_vec())),
         (None, None) => unreachable!("an image was resolved unless --rootfs is given"),
     };
+    let root = match args.storage_size {
+        Some(bytes) => with_disk(root, bytes)?,
+        None => root,
+    };
     let streams = streams(&args.process)?;
+    let guest_user = guest_user(&args.process, image.as_ref(), &root);
     let program = program(&args.process, image.as_ref(), &root, command)?;
     let program = Program { limits: args.ulimit, ..program };
     let hostname = args.hostname.unwrap_or_else(|| id.clone());
@@ -140,6 +148,7 @@ fn plan(args: Run, network: &str, host: Host, settings: &Settings) -> Result<Pre
         exit_code: None,
         failure: None,
         process: spec::process(&program),
+        guest_user,
     };
     let config = SandboxConfig {
         id,
@@ -163,11 +172,52 @@ fn plan(args: Run, network: &str, host: Host, settings: &Settings) -> Result<Pre
     Ok(Prepared { plan, images: mounted })
 }
 
+/// The root that `--rootfs` names.
+fn root_at(path: &Path) -> Result<Root, Error> {
+    let path = super::absolute(path)?;
+    if std::fs::metadata(&path)?.is_dir() {
+        return Ok(Root::of_host(RootSource::Directory(path)));
+    }
+    let kind = Kind::of_disk(&path)?;
+    let read_only = kind.is_read_only();
+    let disk = Disk { path, fstype: kind.name().to_owned(), options: Vec::new(), read_only };
+    let writes = if read_only { Writes::Memory } else { Writes::Base };
+    Ok(Root { base: Base::Disks(vec![disk]), writes, options: Vec::new() })
+}
+
+/// The same root, with changes going to a new disk instead.
+fn with_disk(root: Root, bytes: u64) -> Result<Root, Error> {
+    hull_sandbox::ext4::check_size(bytes)?;
+    let base = match root.base {
+        Base::Disks(disks) => Base::Disks(disks.into_iter().map(|disk| Disk { read_only: true, ..disk }).collect()),
+        base @ Base::Host(_) => base,
+    };
+    // As for the layers of an image on the host: names of directories may be redirected freely, and what is written need not
+    // survive the guest.
+    Ok(Root {
+        base,
+        writes: Writes::NewDisk(bytes),
+        options: vec!["redirect_dir=on".to_owned(), "volatile".to_owned()],
+    })
+}
+
+/// Whom the user, or else the image, wants the program to run as.
+fn wanted_user<'a>(options: &'a ProcessOptions, image: Option<&'a Image>) -> &'a str {
+    options.user.as_deref().or(image.and_then(Image::user)).unwrap_or_default()
+}
+
+/// The same, where the guest is to look it up: in a root on disks, which only the guest reads, or one that changes on a disk.
+fn guest_user(options: &ProcessOptions, image: Option<&Image>, root: &Root) -> Option<String> {
+    let wanted = Some(wanted_user(options, image)).filter(|wanted| !wanted.is_empty()).unwrap_or("0");
+    let is_guests = matches!(root.base, Base::Disks(_)) || root.writes != Writes::Base;
+    is_guests.then(|| wanted.to_owned())
+}
+
 /// What the image says of its program, changed by what the user says.
 fn program(
     options: &ProcessOptions,
     image: Option<&Image>,
-    root: &RootSource,
+    root: &Root,
     command: Vec<String>,
 ) -> Result<Program, Error> {
     let mut args: Vec<String> = image.map(|image| image.entrypoint().to_vec()).unwrap_or_default();
@@ -186,13 +236,18 @@ fn program(
     if options.tty && !env.iter().any(|variable| variable.starts_with("TERM=")) {
         env.push("TERM=xterm".to_owned());
     }
-    let wanted = options.user.as_deref().or(image.and_then(Image::user)).unwrap_or_default();
-    let layers = match root {
-        RootSource::Directory(directory) => std::slice::from_ref(directory),
-        RootSource::Layers(layers) => layers,
+    let wanted = wanted_user(options, image);
+    let layers = match &root.base {
+        Base::Host(RootSource::Directory(directory)) => Some(std::slice::from_ref(directory)),
+        Base::Host(RootSource::Layers(layers)) => Some(layers.as_slice()),
+        Base::Disks(_) => None,
     };
-    let user = crate::image::user::resolve(wanted, layers)?;
-    if !env.iter().any(|variable| variable.starts_with("HOME=")) {
+    let user = match layers {
+        Some(layers) => crate::image::user::resolve(wanted, layers)?,
+        // Only the guest reads those, and puts the real one in its place, with a home.
+        None => hull_sandbox::user::resolve("0", b"", b"")?,
+    };
+    if layers.is_some() && !env.iter().any(|variable| variable.starts_with("HOME=")) {
         env.push(format!("HOME={}", user.home));
     }
     apply_env(&mut env, &options.env);
@@ -417,6 +472,38 @@ mod tests {
         let mut env = vec!["A=1".to_owned(), "AB=2".to_owned()];
         apply_env(&mut env, &["A=3".to_owned(), "C=".to_owned(), "HULL_TEST_UNSET".to_owned()]);
         assert_eq!(env, ["AB=2", "A=3", "C="]);
+    }
+
+    #[test]
+    fn a_root_on_a_disk_is_the_guests_to_look_into() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        let mut disk = vec![0; 2048];
+        disk[1024..1028].copy_from_slice(&0xe0f5_e1e2_u32.to_le_bytes());
+        std::fs::write(&image, &disk).unwrap();
+        let options = ProcessOptions { interactive: false, tty: false, env: Vec::new(), workdir: None, user: None };
+        let erofs = root_at(&image).unwrap();
+        assert_eq!(erofs.writes, Writes::Memory);
+        assert_eq!(guest_user(&options, None, &erofs).as_deref(), Some("0"));
+        let directory = root_at(dir.path()).unwrap();
+        assert_eq!(guest_user(&options, None, &directory), None);
+        let command = || vec!["true".to_owned()];
+        assert!(!program(&options, None, &erofs, command()).unwrap().env.iter().any(|name| name.starts_with("HOME=")));
+        assert!(program(&options, None, &directory, command()).unwrap().env.contains(&"HOME=/".to_owned()));
+        // With a disk of its own the root below is only read.
+        let sized = with_disk(directory, 32 << 20).unwrap();
+        assert_eq!(
+            (&sized.writes, guest_user(&options, None, &sized).as_deref()),
+            (&Writes::NewDisk(32 << 20), Some("0"))
+        );
+        disk[1024..1028].fill(0);
+        disk[1080..1082].copy_from_slice(&[0x53, 0xef]);
+        std::fs::write(&image, &disk).unwrap();
+        let ext4 = root_at(&image).unwrap();
+        let read_only = |root: &Root| matches!(&root.base, Base::Disks(disks) if disks[0].read_only);
+        assert_eq!((&ext4.writes, read_only(&ext4)), (&Writes::Base, false));
+        assert!(read_only(&with_disk(ext4, 32 << 20).unwrap()));
+        assert!(with_disk(root_at(&image).unwrap(), 1).is_err());
     }
 
     #[test]

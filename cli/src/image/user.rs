@@ -3,40 +3,17 @@
 use std::io;
 use std::path::PathBuf;
 
+use hull_sandbox::user;
+pub use hull_sandbox::user::User;
+
 use super::lookup;
-
-/// No distribution comes near; an image that does gets no names.
-const FILE_CAP: u64 = 1 << 20;
-/// As many as Linux lets a process have.
-const GROUPS_MAX: usize = 65536;
-/// The kernel takes -1 for "unchanged".
-const ID_MAX: u32 = u32::MAX - 1;
-
-/// A user as the kernel knows it, and its home.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct User {
-    /// User id.
-    pub uid: u32,
-    /// Primary group id.
-    pub gid: u32,
-    /// Groups beside the primary one, ascending.
-    pub additional_gids: Vec<u32>,
-    /// Home directory, `/` if nothing says otherwise.
-    pub home: String,
-}
 
 /// Why a user cannot be found.
 #[derive(Debug, thiserror::Error)]
 pub enum UserError {
-    /// The image has no such user.
-    #[error("the container has no user `{}` in /etc/passwd: give a numeric uid, or a user that it has", .0.escape_debug())]
-    UnknownUser(String),
-    /// The image has no such group.
-    #[error("the container has no group `{}` in /etc/group: give a numeric gid, or a group that it has", .0.escape_debug())]
-    UnknownGroup(String),
-    /// The text has no user before the colon, or no group behind it.
-    #[error("`{}` is not a user: write USER or USER:GROUP, names or numbers", .0.escape_debug())]
-    Malformed(String),
+    /// The image does not know it.
+    #[error(transparent)]
+    Lookup(#[from] user::UserError),
     /// The image's files cannot be read.
     #[error("cannot read {path} of the container: {source}")]
     Read {
@@ -48,169 +25,40 @@ pub enum UserError {
 }
 
 /// Looks up `NAME`, `UID`, `NAME:GROUP` or `UID:GID` in the layers, bottom first; nothing is root.
-///
-/// A number need not be in the image; then its group is 0, as docker has it. With a group given, the user's other
-/// groups do not count.
 pub fn resolve(spec: &str, layers: &[PathBuf]) -> Result<User, UserError> {
-    let (user, group) = match spec.split_once(':') {
-        Some((user, group)) if user.is_empty() || group.is_empty() => {
-            return Err(UserError::Malformed(format!("{user}:{group}")));
-        }
-        Some((user, group)) => (user, Some(group)),
-        None if spec.is_empty() => ("0", None),
-        None => (spec, None),
-    };
-    let passwd = read(layers, "/etc/passwd")?;
-    let found = lines(&passwd).filter_map(Account::parse).find(|account| account.is(user));
-    let number = id(user);
-    if found.is_none() && number.is_none() {
-        return Err(UserError::UnknownUser(user.to_owned()));
-    }
-    let name = found.as_ref().map(|account| account.name);
-    let mut resolved = match &found {
-        Some(account) => User { uid: account.uid, gid: account.gid, additional_gids: Vec::new(), home: account.home() },
-        None => User { uid: number.unwrap_or_default(), gid: 0, additional_gids: Vec::new(), home: "/".to_owned() },
-    };
-    let groups = read(layers, "/etc/group")?;
-    let mut all = lines(&groups).filter_map(Group::parse);
-    match (group, name) {
-        (Some(group), _) => {
-            let found = all.find(|known| known.name == group).map(|known| known.gid);
-            resolved.gid = found.or_else(|| id(group)).ok_or_else(|| UserError::UnknownGroup(group.to_owned()))?;
-        }
-        (None, Some(name)) => {
-            let mut gids: Vec<u32> = all.filter(|group| group.has(name)).map(|group| group.gid).collect();
-            gids.sort_unstable();
-            gids.dedup();
-            gids.retain(|gid| *gid != resolved.gid);
-            gids.truncate(GROUPS_MAX);
-            resolved.additional_gids = gids;
-        }
-        (None, None) => {}
-    }
-    Ok(resolved)
-}
-
-/// A line of `/etc/passwd`.
-struct Account<'a> {
-    name: &'a str,
-    uid: u32,
-    gid: u32,
-    home: &'a str,
-}
-
-impl<'a> Account<'a> {
-    fn parse(line: &'a str) -> Option<Self> {
-        let mut fields = line.split(':');
-        let (name, _password) = (fields.next()?, fields.next()?);
-        let (uid, gid) = (id(fields.next()?)?, id(fields.next()?)?);
-        Some(Self { name, uid, gid, home: fields.nth(1).unwrap_or_default() })
-    }
-
-    fn is(&self, user: &str) -> bool {
-        self.name == user || id(user) == Some(self.uid)
-    }
-
-    fn home(&self) -> String {
-        if self.home.starts_with('/') { self.home.to_owned() } else { "/".to_owned() }
-    }
-}
-
-/// A line of `/etc/group`.
-struct Group<'a> {
-    name: &'a str,
-    gid: u32,
-    members: &'a str,
-}
-
-impl<'a> Group<'a> {
-    fn parse(line: &'a str) -> Option<Self> {
-        let mut fields = line.split(':');
-        let (name, _password) = (fields.next()?, fields.next()?);
-        Some(Self { name, gid: id(fields.next()?)?, members: fields.next().unwrap_or_default() })
-    }
-
-    fn has(&self, user: &str) -> bool {
-        self.members.split(',').any(|member| member.trim() == user)
-    }
-}
-
-fn id(text: &str) -> Option<u32> {
-    // `parse` would take a sign.
-    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?.filter(|id| *id <= ID_MAX)
+    Ok(user::resolve(spec, &read(layers, "/etc/passwd")?, &read(layers, "/etc/group")?)?)
 }
 
 fn read(layers: &[PathBuf], path: &'static str) -> Result<Vec<u8>, UserError> {
-    let content = lookup::read(layers, path, FILE_CAP).map_err(|source| UserError::Read { path, source })?;
+    let content =
+        lookup::read(layers, path, user::MAX_FILE_BYTES).map_err(|source| UserError::Read { path, source })?;
     Ok(content.unwrap_or_default())
-}
-
-/// The lines that are text and no comment.
-fn lines(content: &[u8]) -> impl Iterator<Item = &str> {
-    let text = content.split(|byte| *byte == b'\n').filter_map(|line| std::str::from_utf8(line).ok());
-    text.map(str::trim).filter(|line| !line.starts_with('#'))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn image() -> (tempfile::TempDir, Vec<PathBuf>) {
+    #[test]
+    fn the_images_own_files_count() {
         let dir = tempfile::tempdir().unwrap();
         let etc = dir.path().join("etc");
         std::fs::create_dir(&etc).unwrap();
-        let passwd = "# comment\nroot:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:44:Web:/var/www:/bin/false\nhomeless:x:7:7::relative:/bin/sh\n100:x:5:5::/five:\n";
-        std::fs::write(etc.join("passwd"), passwd).unwrap();
-        std::fs::write(etc.join("group"), "root:x:0:\nweb:x:44:\nlog:x:4:web,homeless\nadm:x:3:web\nself:x:44:web\n")
-            .unwrap();
-        let layers = vec![dir.path().to_owned()];
-        (dir, layers)
-    }
-
-    fn user(uid: u32, gid: u32, additional_gids: &[u32], home: &str) -> User {
-        User { uid, gid, additional_gids: additional_gids.to_vec(), home: home.to_owned() }
-    }
-
-    #[test]
-    fn names_and_numbers() {
-        let (_dir, layers) = image();
-        for (spec, expected) in [
-            ("", user(0, 0, &[], "/root")),
-            ("root", user(0, 0, &[], "/root")),
-            ("web", user(33, 44, &[3, 4], "/var/www")),
-            ("33", user(33, 44, &[3, 4], "/var/www")),
-            ("web:adm", user(33, 3, &[], "/var/www")),
-            ("33:99", user(33, 99, &[], "/var/www")),
-            ("1000", user(1000, 0, &[], "/")),
-            ("1000:1000", user(1000, 1000, &[], "/")),
-            ("1000:log", user(1000, 4, &[], "/")),
-            ("homeless", user(7, 7, &[4], "/")),
-            // A name that looks like a number is a name first.
-            ("100", user(5, 5, &[], "/five")),
-        ] {
-            assert_eq!(resolve(spec, &layers).unwrap(), expected, "{spec}");
-        }
-    }
-
-    #[test]
-    fn what_is_unknown_is_named() {
-        let (_dir, layers) = image();
+        std::fs::write(etc.join("passwd"), "web:x:33:44:Web:/var/www:/bin/false\n").unwrap();
+        std::fs::write(etc.join("group"), "log:x:4:web\n").unwrap();
+        let layers = [dir.path().to_owned()];
+        let web = User { uid: 33, gid: 44, additional_gids: vec![4], home: "/var/www".to_owned() };
+        assert_eq!(resolve("web", &layers).unwrap(), web);
         assert!(resolve("nobody", &layers).unwrap_err().to_string().contains("`nobody`"));
-        assert!(resolve("web:nogroup", &layers).unwrap_err().to_string().contains("`nogroup`"));
-        for bad in [":", "web:", ":web"] {
-            assert!(matches!(resolve(bad, &layers), Err(UserError::Malformed(_))), "{bad}");
-        }
-        for bad in ["4294967295", "-1", "+1", "99999999999"] {
-            assert!(matches!(resolve(bad, &layers), Err(UserError::UnknownUser(_))), "{bad}");
-        }
     }
 
     #[test]
     fn an_image_without_files_has_numbers_only() {
         let dir = tempfile::tempdir().unwrap();
         let layers = [dir.path().to_owned()];
-        assert_eq!(resolve("", &layers).unwrap(), user(0, 0, &[], "/"));
+        assert_eq!(resolve("", &layers).unwrap().home, "/");
         assert!(resolve("root", &layers).is_err());
-        assert_eq!(resolve("5:6", &[]).unwrap(), user(5, 6, &[], "/"));
+        let user = User { uid: 5, gid: 6, additional_gids: Vec::new(), home: "/".to_owned() };
+        assert_eq!(resolve("5:6", &[]).unwrap(), user);
     }
 }

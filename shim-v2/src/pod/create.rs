@@ -9,10 +9,11 @@ use std::time::Duration;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::topics;
 use containerd_shim_protos::types::mount::Mount;
-use hull_protocol::agent::MemoryVolume;
-use hull_sandbox::container::{FileSystems, Process as GuestProcess};
+use hull_protocol::agent::{MemoryVolume, Storage};
+use hull_sandbox::container::{Process as GuestProcess, Setup};
 use hull_sandbox::disks::HostDevice;
 use hull_sandbox::mount::FileSystem;
+use hull_sandbox::root;
 use hull_sandbox::share::{RootSource, Share};
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
@@ -23,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::live::{Followers, LiveVolume};
 use crate::memory::MemoryVolumes;
 use crate::process::{Body, Exit, Process};
+use crate::rootfs;
 use crate::spec::{self, user_namespace};
 use crate::streams::{Ends, Pumps, Stdio};
 use crate::vm::{Boot, Guest, Vm, sandbox_name};
@@ -234,9 +236,12 @@ impl Pod {
 
 /// Creates the guest's container and connects its streams.
 async fn launch(vm: &Vm, request: &Create, prepared: Prepared, ends: Ends) -> Result<(Arc<Process>, Followers)> {
-    let Prepared { mut spec, live, memory, block } = prepared;
+    let Prepared { mut spec, root, live, memory, block } = prepared;
     spec::renumber(&mut spec, &vm.add_disks(&request.id, &block).await?);
-    let launched = launch_with_disks(vm, request, &spec, (live, memory), ends).await;
+    let launched = match vm.plug_root(&request.id, &root).await {
+        Ok(storages) => launch_with_disks(vm, request, &spec, (storages, live, memory), ends).await,
+        Err(error) => Err(error),
+    };
     if launched.is_err() {
         vm.release_disks(&request.id).await;
     }
@@ -247,12 +252,14 @@ async fn launch_with_disks(
     vm: &Vm,
     request: &Create,
     spec: &Spec,
-    (live, memory): (Vec<LiveVolume>, Vec<MemoryVolume>),
+    (mut storages, live, memory): (Vec<Storage>, Vec<LiveVolume>, Vec<MemoryVolume>),
     ends: Ends,
 ) -> Result<(Arc<Process>, Followers)> {
     let streams = request.stdio.streams();
-    let file_systems = FileSystems { storages: live.iter().map(LiveVolume::storage).collect(), volumes: memory };
-    let created = GuestProcess::create(vm.agent(), &request.id, spec, streams, file_systems).await;
+    storages.extend(live.iter().map(LiveVolume::storage));
+    // containerd has looked the user up.
+    let setup = Setup { storages, volumes: memory, user: String::new() };
+    let created = GuestProcess::create(vm.agent(), &request.id, spec, streams, setup).await;
     let (guest, connections) = match created {
         Ok(created) => created,
         Err(error) => return Err(vm.explain(error).await),
@@ -281,6 +288,7 @@ fn own_limits(spec: &Spec) -> Limits {
 #[derive(Debug)]
 struct Prepared {
     spec: Spec,
+    root: root::Prepared,
     live: Vec<LiveVolume>,
     memory: Vec<MemoryVolume>,
     block: Vec<HostDevice>,
@@ -313,14 +321,16 @@ impl Plan {
             if !path.is_dir() {
                 return Err(Error::Invalid(format!("the container's root {} is missing", path.display())));
             }
-            share.add_root(&self.id, &RootSource::Directory(path))?
+            root::Prepared::in_tree(share.add_root(&self.id, &RootSource::Directory(path))?)
+        } else if let Some(root) = rootfs::on_disks(&self.rootfs)? {
+            root.prepare(share, &self.id)?
         } else {
-            share.add_mounted_root(&self.id, &self.rootfs)?
+            root::Prepared::in_tree(share.add_mounted_root(&self.id, &self.rootfs)?)
         };
         let pod_uid = spec.annotations().as_ref().and_then(|notes| notes.get(annotations::POD_UID)).cloned();
         let block = spec::take_block_devices(&mut spec)?;
         let (mut live, mut memory) = (Vec::new(), Vec::new());
-        let spec = spec::translate(spec, &root, |placed| {
+        let spec = spec::translate(spec, &root.path, |placed| {
             if let Some(volume) = LiveVolume::take(&placed.volume, &self.id, placed.index, &live) {
                 let mount_point = volume.mount_point().to_owned();
                 live.push(volume);
@@ -334,6 +344,6 @@ impl Plan {
             }
             Ok(share.add_volume(&self.id, placed.index, &placed.volume)?)
         })?;
-        Ok(Prepared { spec, live, memory, block })
+        Ok(Prepared { spec, root, live, memory, block })
     }
 }

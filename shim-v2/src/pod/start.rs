@@ -66,7 +66,8 @@ impl Pod {
         let ends = process.stdio.open(&self.namespace, &process.container_id, &self.streaming).await?;
         let streams = process.stdio.streams();
         let (container_id, exec_id) = (&process.container_id, &process.exec_id);
-        let (guest, connections) = match GuestProcess::exec(vm.agent(), container_id, exec_id, &plan, streams).await {
+        let started = GuestProcess::exec(vm.agent(), container_id, exec_id, &plan, streams, "").await;
+        let (guest, connections) = match started {
             Ok(started) => started,
             Err(error) => return Err(vm.explain(error).await),
         };

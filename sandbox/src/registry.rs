@@ -11,6 +11,8 @@
 //! | `shared/` | the tree that the guest sees; empty to all but the owner's mount namespace |
 //! | `output.log` | what a detached container printed |
 //!
+//! What is hidden in `STATE_DIR` belongs to no sandbox: `.lock`, and `.turns/` with the turns at booting.
+//!
 //! Lock order: `STATE_DIR/.lock`, which serializes the making and sweeping of directories, before `ID/lock`.
 
 use std::fs::File;
@@ -288,6 +290,8 @@ impl Registry {
             let entry = entry.map_err(state)?;
             if entry.file_type().is_ok_and(|kind| kind.is_dir())
                 && let Ok(name) = entry.file_name().into_string()
+                // What is hidden is the host's as a whole.
+                && !name.starts_with('.')
             {
                 ids.push(name);
             }
@@ -413,6 +417,18 @@ mod tests {
             process: serde_json::Value::Null,
             guest_user: None,
         }
+    }
+
+    #[test]
+    fn what_is_hidden_is_no_sandbox_and_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = registry(&dir);
+        let hidden = dir.path().join("state/.turns");
+        std::fs::create_dir_all(&hidden).unwrap();
+        drop(registry.claim("one", None).unwrap());
+        assert!(registry.list().unwrap().is_empty());
+        assert!(hidden.exists());
+        assert!(!registry.dir("one").exists(), "what a dead owner left is swept");
     }
 
     #[test]

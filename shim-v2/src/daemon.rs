@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use hull_sandbox::share::enter_mount_namespace;
 use hull_settings::{Level, Settings};
 use ttrpc::asynchronous::{Server, Service};
 
+use crate::Trouble;
 use crate::connections::Connections;
 use crate::events::Publisher;
 use crate::flags::Flags;
@@ -20,7 +22,6 @@ use crate::pod::Pod;
 use crate::sandbox::SandboxService;
 use crate::streams::STREAMING;
 use crate::task::TaskService;
-use crate::{Trouble, launch};
 
 /// How long clients may take at the end to read what they were answered and to close.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -40,6 +41,8 @@ pub(crate) fn run(flags: &Flags) -> Result<(), Trouble> {
     // Before any thread exists: mounts made from here on end with this process.
     enter_mount_namespace()?;
     let listener = UnixListener::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    // Known from here, since the bundle may be gone at the end.
+    let socket = listener.local_addr()?.as_pathname().map(Path::to_owned);
     let host = settings.host(Host::discover()?);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -51,7 +54,7 @@ pub(crate) fn run(flags: &Flags) -> Result<(), Trouble> {
     if let Err(error) = &outcome {
         tracing::error!("{error}");
     }
-    if let Ok(socket) = std::fs::read_to_string(launch::SOCKET_FILE) {
+    if let Some(socket) = socket {
         // Gone already where somebody was quicker.
         let _ = std::fs::remove_file(socket);
     }

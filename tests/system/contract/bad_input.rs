@@ -43,7 +43,7 @@ fn task_create_of_a_container_that_cannot_be_is_refused_by_its_cause_and_leaves_
             spec["linux"]["devices"] = json!([{ "path": "/dev/x", "type": "b", "major": 4095, "minor": 7 }]);
             spec["linux"]["maskedPaths"] = json!(["/proc/kcore"]);
         });
-        wrong(Code::FAILED_PRECONDITION, &["block device 4095:7"]).await;
+        wrong(Code::FAILED_PRECONDITION, &["disk 4095:7"]).await;
         for kind in ["prestart", "createRuntime", "createContainer", "poststart", "poststop"] {
             change(&bundle, |spec| spec["hooks"] = json!({ kind: [{ "path": "/bin/hook" }] }));
             wrong(Code::INVALID_ARGUMENT, &[&format!("hooks.{kind}"), "/bin/hook"]).await;

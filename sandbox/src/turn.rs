@@ -1,7 +1,7 @@
 //! Turns at booting: at one time no more guests boot than the host has CPUs for.
 //!
-//! A boot is bound by the CPU. Of fifty that share two CPUs all are ready about when the last is; in turns half of them are ready
-//! in half that time, and none later than before.
+//! A boot is bound by the CPU. Of many that share it all are ready about when the last is; in turns most are ready long before that. Of fifty
+//! pods on one CPU half were up after two thirds of the time that all took (docs/benchmarks.md).
 //!
 //! A slot is a file that whoever has the turn locks (`flock`), so that it is free again however that one ends. It is a courtesy and not
 //! a limit: a guest that does not come up has its turn for [`LONGEST`] only, and who cannot use the files does without.

@@ -4,8 +4,9 @@
 //! may be unlinked by whoever holds them exclusively, so a lock counts only if, once it is granted, the
 //! path still leads to the locked file.
 //!
-//! Lock order: a blob's lock, of which a task holds one at a time, then a layer's lock, then the store's lock. No process waits for a layer's exclusive lock: shared ones are kept for
-//! as long as a container lives, and a process that waits for one may hold others.
+//! Lock order: a blob's lock, of which a task holds one at a time, then the turn at unpacking a layer, then that layer's lock, then the
+//! store's lock. No process waits for a layer's exclusive lock: shared ones are kept for as long as a container lives, and a process
+//! that waits for one may hold others.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;

@@ -287,18 +287,26 @@ impl Store {
 
     /// A shared lock on a layer that is there, at the latest once this returns.
     pub(super) fn layer(&self, blob: &LayerBlob) -> Result<File, ImageError> {
-        let path = self.use_path(&blob.diff_id);
-        loop {
-            // Whoever unpacks it is waited for here.
-            if let Some(hold) = self.hold_layer(&blob.diff_id)? {
-                return Ok(hold);
-            }
-            // Not waited for: by the time this was granted, the layer could be there and in use for as long as a container lives.
-            let Some(mut exclusive) = try_lock(&path).map_err(ImageError::io("lock", &path))? else { continue };
-            if !self.layer_path(&blob.diff_id).exists() {
-                self.unpack(blob, &mut exclusive)?;
-            }
+        if let Some(hold) = self.hold_layer(&blob.diff_id)? {
+            return Ok(hold);
         }
+        // Those who want to unpack stand in line here and not at the layer's own lock: who waits for that exclusively waits as long
+        // as a container lives, and who only tries it can be kept from it forever by others that look whether the layer is there.
+        let turn_path = self.at("unpacking").join(blob.diff_id.hex());
+        let _turn = lock(&turn_path, Share::Exclusive).map_err(ImageError::io("lock", &turn_path))?;
+        let hold = self.layer_in_turn(blob);
+        remove_file(&turn_path)?;
+        hold
+    }
+
+    fn layer_in_turn(&self, blob: &LayerBlob) -> Result<File, ImageError> {
+        let path = self.use_path(&blob.diff_id);
+        // Shared is enough: only who removes layers takes it exclusively.
+        let mut hold = lock(&path, Share::Shared).map_err(ImageError::io("lock", &path))?;
+        if !self.layer_path(&blob.diff_id).exists() {
+            self.unpack(blob, &mut hold)?;
+        }
+        Ok(hold)
     }
 
     fn unpack(&self, blob: &LayerBlob, use_file: &mut File) -> Result<(), ImageError> {
@@ -445,7 +453,7 @@ impl Store {
             make(parent, 0o755, true)?;
         }
         make(&self.root, 0o711, false)?;
-        ["images", "names", "layers", "uses", "blobs", "tmp"]
+        ["images", "names", "layers", "uses", "unpacking", "blobs", "tmp"]
             .iter()
             .try_for_each(|name| make(&self.at(name), 0o700, false))
     }

@@ -82,6 +82,24 @@ fn many_processes_load_one_image_once() {
     assert_complete(bench.store.resolve("shared").unwrap().layers());
 }
 
+/// Twenty that looked whether the layer was there once kept each other from unpacking it for minutes.
+#[test]
+fn who_only_looks_whether_a_layer_is_there_keeps_nobody_from_unpacking_it() {
+    let bench = Bench::new();
+    let source = Build::of([Layer::new().file("a", "")]).write(&bench.path("layout"));
+    let image = bench.store.load(&source, Some("app")).unwrap();
+    let looks = bench.path("store/uses").join(image.layers()[0].file_name().unwrap());
+    drop(image);
+    bench.store.remove("app").unwrap();
+    let looks = fs::File::create(looks).unwrap();
+    looks.lock_shared().unwrap();
+    let (loaded, image) = mpsc::channel();
+    let store = bench.store.clone();
+    std::thread::spawn(move || loaded.send(store.load(&source, None).unwrap()));
+    let image: Image = image.recv_timeout(Duration::from_secs(60)).expect("it waits for who looks");
+    assert!(image.layers()[0].join("a").exists());
+}
+
 #[test]
 fn a_process_killed_while_unpacking_leaves_a_store_that_works() {
     let bench = Bench::new();

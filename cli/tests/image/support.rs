@@ -283,7 +283,7 @@ impl Bench {
     }
 
     pub(crate) fn assert_nothing_left(&self) {
-        for name in ["store/tmp", "store/layers", "store/images", "store/names", "store/blobs"] {
+        for name in ["store/tmp", "store/layers", "store/images", "store/names", "store/blobs", "store/unpacking"] {
             let left = std::fs::read_dir(self.path(name)).into_iter().flatten().count();
             assert_eq!(left, 0, "something is left in {name}");
         }

@@ -73,8 +73,17 @@ node-image: build ## the image of the Helm chart's DaemonSet, in build/images/hu
 	$(MAKE) -s install DESTDIR=build/stage-node PREFIX=/usr/local
 	deploy/build-image build/stage-node build/images/hull-node
 
+.PHONY: lab
+lab: host # what stands in for hardware KVM where there is none
+	@scripts/has-kvm || lab/build >/dev/null
+
+# Side by side, because of each the longest parts (linking, unpacking packages) keep one CPU busy.
+.PHONY: ready
+ready:
+	@$(MAKE) --no-print-directory -j build image lab
+
 .PHONY: run
-run: build image ## run a program in a microVM; ARGS go to `hull run`
+run: ready ## run a program in a microVM; ARGS go to `hull run`
 	@scripts/run-example $(ARGS)
 
 .PHONY: check
@@ -85,11 +94,16 @@ check: packages ## format, lints, licences and versions of dependencies, documen
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --locked --document-private-items
 
 .PHONY: test
-test: build image ## run every test
+test: ## run every test
+	@$(MAKE) --no-print-directory -j build image lab test-programs
 	tests/run
 
+.PHONY: test-programs
+test-programs: packages
+	$(CARGO) test --workspace --locked --no-run
+
 .PHONY: bench
-bench: build image ## measure in the counted lab; writes build/bench.json
+bench: ready ## measure in the counted lab; writes build/bench.json
 	bench/run
 
 .PHONY: clean

@@ -47,6 +47,57 @@ impl std::fmt::Display for HostDevice {
     }
 }
 
+/// Whether what a disk holds is also in the host's page cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DiskCache {
+    /// It is: what guests share is read once, what is written goes to the disk when the guest flushes or the host sees fit.
+    #[default]
+    Writeback,
+    /// It is not (`O_DIRECT`): the guest's own cache is the only one.
+    None,
+}
+
+/// A raw file or block device that a guest has as a disk from its start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskFile {
+    /// The file or device.
+    pub path: PathBuf,
+    /// Whether the guest can write to it: enforced on the host.
+    pub read_only: bool,
+    /// Whether the host caches it.
+    pub cache: DiskCache,
+}
+
+impl DiskFile {
+    pub(crate) fn open(&self) -> Result<OwnedFd, DiskError> {
+        let disk = || self.path.display().to_string();
+        let opened = File::options()
+            .read(true)
+            .write(!self.read_only)
+            .custom_flags(self.cache.flags())
+            .open(&self.path)
+            .map_err(|source| match self.cache {
+                DiskCache::None if is_not_direct(&source) => DiskError::NotDirect { disk: disk() },
+                _ => DiskError::Open { disk: disk(), source },
+            });
+        opened.map(OwnedFd::from)
+    }
+}
+
+impl DiskCache {
+    fn flags(self) -> i32 {
+        match self {
+            Self::Writeback => 0,
+            Self::None => OFlags::DIRECT.bits() as i32,
+        }
+    }
+}
+
+/// What open(2) says of a file system that has no `O_DIRECT`.
+fn is_not_direct(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::INVAL.raw_os_error())
+}
+
 /// A disk that did not come or go.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
@@ -57,6 +108,15 @@ pub enum DiskError {
         disk: String,
         /// Why not.
         source: io::Error,
+    },
+    /// The file system has no `O_DIRECT`.
+    #[error(
+        "the disk {disk} cannot go without the host's page cache: its file system has no O_DIRECT; leave out cache=none, or move it to \
+         another file system such as ext4 or xfs"
+    )]
+    NotDirect {
+        /// Which.
+        disk: String,
     },
     /// Somebody else writes to it, or this one would while somebody else reads.
     #[error("the disk {disk} is in use, by another sandbox or by a mount of the node; end that first, or use a copy")]
@@ -162,7 +222,8 @@ impl Disks {
 
     async fn plug(&mut self, agent: &Agent, container: &str, opened: Opened) -> Result<&Added, DiskError> {
         let Opened { name: disk, backing, file, read_only } = opened;
-        let id = format!("disk{}", self.made);
+        // Those that were there from the start are called disk0 and so on.
+        let id = format!("added{}", self.made);
         self.made += 1;
         let config = DiskConfig { id: id.clone(), file: Resource::Attached(0), read_only, serial: None };
         let failed = |source| DiskError::Control { disk: disk.clone(), source };
@@ -341,6 +402,24 @@ mod tests {
         drop((reader, another));
         let _writer = open(false).unwrap();
         assert!(in_use(open(true)) && in_use(open(false)));
+    }
+
+    #[test]
+    fn a_disk_goes_without_the_page_cache_or_says_why_not() {
+        let at = |dir: &str, cache| {
+            let file = tempfile::NamedTempFile::new_in(dir).unwrap();
+            let disk = DiskFile { path: file.path().to_owned(), read_only: true, cache };
+            disk.open().map(|file| rustix::fs::fcntl_getfl(&file).unwrap().contains(OFlags::DIRECT))
+        };
+        for dir in ["/var/tmp", "/dev/shm"] {
+            assert!(!at(dir, DiskCache::Writeback).unwrap());
+            match at(dir, DiskCache::None) {
+                Ok(direct) => assert!(direct),
+                Err(error) => assert!(error.to_string().contains("has no O_DIRECT; leave out"), "{error}"),
+            }
+        }
+        let missing = DiskFile { path: "/no/such".into(), read_only: true, cache: DiskCache::None };
+        assert!(matches!(missing.open(), Err(DiskError::Open { .. })));
     }
 
     #[test]

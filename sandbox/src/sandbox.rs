@@ -1,6 +1,6 @@
 //! The phases of a sandbox's life; see the crate's documentation for the diagram.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hull_protocol::agent as wire;
@@ -10,7 +10,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::agent::{Agent, AgentError, answer, short};
 use crate::config::{ConfigError, SandboxConfig};
-use crate::disks::Disks;
+use crate::disks::{DiskFile, Disks};
 use crate::host::{Host, HostError};
 use crate::network::{self, Attachment, NetworkError};
 use crate::registry::{Claim, Registry, RegistryError};
@@ -75,8 +75,8 @@ fn said(console: &[String]) -> String {
 pub struct Extras {
     /// Policies that volumes are to be cached by, each at most once.
     pub caching: Vec<Caching>,
-    /// Raw files or block devices and whether each is read-only: `/dev/vda` onwards in the guest.
-    pub disks: Vec<(PathBuf, bool)>,
+    /// `/dev/vda` onwards in the guest.
+    pub disks: Vec<DiskFile>,
 }
 
 /// A sandbox that has been checked and has its directory, but no VM.

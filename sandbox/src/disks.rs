@@ -4,6 +4,8 @@
 //! reads. The last of them that goes takes the disk
 //! along: the guest lets go of it, the VMM takes it off the bus, and nobody has the host's device open any more.
 
+mod growth;
+
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
@@ -18,6 +20,7 @@ use rustix::io::Errno;
 
 use crate::agent::{Agent, AgentError, answer, long, short};
 use crate::control::{Control, ControlError, Request, Response};
+use growth::Growth;
 
 /// A block device of the host by its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -142,6 +145,12 @@ pub enum DiskError {
     },
 }
 
+/// What the VMM calls a disk that is there from the start.
+#[must_use]
+pub fn disk_name(index: usize) -> String {
+    format!("disk{index}")
+}
+
 /// The disks of a sandbox.
 #[derive(Debug)]
 pub struct Disks {
@@ -149,6 +158,7 @@ pub struct Disks {
     /// How many there have been, for their names.
     made: u64,
     by_backing: HashMap<Backing, Added>,
+    growth: Growth,
 }
 
 /// What is behind a disk.
@@ -181,7 +191,20 @@ impl Disks {
     /// No disks yet, of the VMM whose control socket is at `control`.
     #[must_use]
     pub fn new(control: PathBuf) -> Self {
-        Self { control, made: 0, by_backing: HashMap::new() }
+        Self { growth: Growth::new(control.clone()), control, made: 0, by_backing: HashMap::new() }
+    }
+
+    /// Has disks that the guest has from its start grow with their devices, where they are devices. In a tokio runtime.
+    pub(crate) fn follow(&mut self, disks: &[DiskFile]) {
+        for (index, disk) in disks.iter().enumerate() {
+            match std::fs::metadata(&disk.path) {
+                Ok(metadata) if metadata.file_type().is_block_device() => {
+                    let number = metadata.rdev();
+                    self.growth.watch(&disk_name(index), (rustix::fs::major(number), rustix::fs::minor(number)));
+                }
+                _ => {}
+            }
+        }
     }
 
     /// Has a device in the guest for a container and says which one it is there.
@@ -226,17 +249,23 @@ impl Disks {
         let id = format!("added{}", self.made);
         self.made += 1;
         let config = DiskConfig { id: id.clone(), file: Resource::Attached(0), read_only, serial: None };
-        let failed = |source| DiskError::Control { disk: disk.clone(), source };
-        let response = self.call(Request::AddDisk(config), Some(file)).await.map_err(failed)?;
-        let Response::Added { pci_address } = response else {
-            let source = ControlError::Connection(io::ErrorKind::InvalidData.into());
-            return Err(failed(source));
+        if let Backing::Device(HostDevice { major, minor, .. }) = backing {
+            self.growth.watch(&id, (major, minor));
+        }
+        let pci_address = match self.call(Request::AddDisk(config), Some(file)).await {
+            Ok(Response::Added { pci_address }) => pci_address,
+            other => {
+                self.growth.forget(&id);
+                let source = other.err().unwrap_or_else(|| ControlError::Connection(io::ErrorKind::InvalidData.into()));
+                return Err(DiskError::Control { disk, source });
+            }
         };
         let request = AddDeviceRequest { pci_address: pci_address.clone(), ..Default::default() };
         let answered = answer("AddDevice", agent.sandbox.add_device(long(), &request).await);
         let guest = match answered {
             Ok(answer) => GuestDevice { path: answer.device_path, major: answer.major, minor: answer.minor },
             Err(source) => {
+                self.growth.forget(&id);
                 self.take_off(agent, &id, pci_address).await;
                 return Err(DiskError::Agent { disk, source });
             }
@@ -271,6 +300,7 @@ impl Disks {
         }
         for backing in unused {
             if let Some(added) = self.by_backing.remove(&backing) {
+                self.growth.forget(&added.id);
                 self.take_off(agent, &added.id, added.pci_address).await;
             }
         }

@@ -18,7 +18,7 @@ use tokio::process::{Child, Command};
 
 use crate::config::SandboxConfig;
 use crate::console::Tail;
-use crate::disks::{DiskError, DiskFile};
+use crate::disks::{DiskError, DiskFile, disk_name};
 use crate::host::Host;
 use crate::network::{HostEnd, device_name};
 use crate::sandbox::Extras;
@@ -307,12 +307,6 @@ impl Inherited {
     pub(crate) fn into_mappings(self) -> Vec<FdMapping> {
         self.0
     }
-}
-
-/// What the VMM calls a disk that is there from the start.
-#[must_use]
-pub fn disk_name(index: usize) -> String {
-    format!("disk{index}")
 }
 
 pub(crate) fn open(path: &Path, flags: OFlags) -> Result<OwnedFd, VmmError> {

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use hull_sandbox::control::{Control, Request, Response};
+use hull_sandbox::disks::disk_name;
 use hull_sandbox::host::Host;
-use hull_sandbox::vmm::disk_name;
 
 use crate::args::Disk;
 use crate::{Error, Outcome, spec};

@@ -158,6 +158,8 @@ pub struct Disks {
     /// How many there have been, for their names.
     made: u64,
     by_backing: HashMap<Backing, Added>,
+    /// Of the devices that containers ask for.
+    device_cache: DiskCache,
     growth: Growth,
 }
 
@@ -191,7 +193,14 @@ impl Disks {
     /// No disks yet, of the VMM whose control socket is at `control`.
     #[must_use]
     pub fn new(control: PathBuf) -> Self {
-        Self { growth: Growth::new(control.clone()), control, made: 0, by_backing: HashMap::new() }
+        let growth = Growth::new(control.clone());
+        Self { control, made: 0, by_backing: HashMap::new(), device_cache: DiskCache::default(), growth }
+    }
+
+    /// Has the host cache the devices that containers ask for, or not.
+    #[must_use]
+    pub fn with_device_cache(self, device_cache: DiskCache) -> Self {
+        Self { device_cache, ..self }
     }
 
     /// Has disks that the guest has from its start grow with their devices, where they are devices. In a tokio runtime.
@@ -220,7 +229,8 @@ impl Disks {
             added.users.insert(container.to_owned());
             return Ok(added.guest.clone());
         }
-        let (file, read_only) = open(device).map_err(|source| DiskError::Open { disk: device.to_string(), source })?;
+        let opened = open(device, self.device_cache);
+        let (file, read_only) = opened.map_err(|source| DiskError::Open { disk: device.to_string(), source })?;
         let opened = Opened { name: device.to_string(), backing: Backing::Device(device), file, read_only };
         self.plug(agent, container, opened).await.map(|added| added.guest.clone())
     }
@@ -331,12 +341,13 @@ impl Disks {
 
 /// Opens the node of a device: the kernel makes one for each, under a name that sysfs knows. Says too whether it can only be
 /// read: one that is read-only itself may be opened for writing all the same, and each write would be an I/O error to the guest.
-fn open(device: HostDevice) -> io::Result<(OwnedFd, bool)> {
+fn open(device: HostDevice, cache: DiskCache) -> io::Result<(OwnedFd, bool)> {
     let uevent = std::fs::read_to_string(format!("/sys/dev/block/{device}/uevent"))?;
     let name = device_name(&uevent).ok_or(io::ErrorKind::NotFound)?;
     let is_read_only = std::fs::read_to_string(format!("/sys/dev/block/{device}/ro"))?.trim() != "0";
     let read_only = device.read_only || is_read_only;
-    let file = File::options().read(true).write(!read_only).open(Path::new("/dev").join(name))?;
+    let options = File::options().read(true).write(!read_only).custom_flags(cache.flags()).clone();
+    let file = options.open(Path::new("/dev").join(name))?;
     let metadata = file.metadata()?;
     let number = metadata.rdev();
     let is_it = (rustix::fs::major(number), rustix::fs::minor(number)) == (device.major, device.minor);
@@ -417,7 +428,7 @@ mod tests {
     #[test]
     fn a_device_that_the_host_does_not_have_is_not_found() {
         let device = HostDevice { major: 4095, minor: 1_048_575, read_only: true };
-        assert_eq!(open(device).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(open(device, DiskCache::None).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

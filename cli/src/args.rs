@@ -38,6 +38,9 @@ pub(crate) enum Verb {
     /// Manage the images in the local store
     #[command(subcommand)]
     Image(Image),
+    /// Change the disks of running containers
+    #[command(subcommand)]
+    Disk(Disk),
     /// Say whether this host can run Hull, and what to do where it cannot
     Check(Check),
     /// Show or check the settings of this node
@@ -92,14 +95,15 @@ pub(crate) struct Run {
     #[arg(short, long, value_name = "SRC:DST[:OPTION,…]")]
     pub volume: Vec<String>,
     /// Mount something: type=bind, tmpfs, image or disk, then src=, dst=, ro; for bind cache=, uid=, gid=, for tmpfs tmpfs-size= and
-    /// tmpfs-mode=, for disk fstype= (ext4 unless given)
+    /// tmpfs-mode=, for disk fstype= (ext4 unless given) and cache=
     #[arg(long, value_name = "type=TYPE,…")]
     pub mount: Vec<String>,
     /// Mount memory of the guest; options are size=, mode=, uid=, gid=, ro, exec, suid, dev
     #[arg(long, value_name = "DST[:OPTION,…]")]
     pub tmpfs: Vec<String>,
-    /// Give the guest a disk, a raw file or block device; /dev/vda onwards in the container
-    #[arg(long, value_name = "FILE[:ro]")]
+    /// Give the guest a disk, a raw file or block device; /dev/vda onwards in the container. Options are ro, and cache=none to go past
+    /// the host's page cache, which cache=writeback, the usual, uses
+    #[arg(long, value_name = "FILE[:OPTION,…]")]
     pub disk: Vec<String>,
     /// Size of /dev/shm, in bytes or with a unit k, m or g; 0 is no limit
     #[arg(long, value_name = "SIZE", default_value = "64m", value_parser = crate::mounts::bytes)]
@@ -289,6 +293,21 @@ pub(crate) enum Image {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum Disk {
+    /// Have the guest use all of a disk whose file or device has grown, and print its size in bytes
+    ///
+    /// A file system on the disk grows by its own tool, such as resize2fs. A disk in use cannot shrink.
+    Resize {
+        /// Name or identifier of the container
+        #[arg(value_name = "CONTAINER")]
+        container: String,
+        /// The disk, as it was given to `hull run` or by its name in the container, such as vda
+        #[arg(value_name = "FILE|NAME")]
+        disk: String,
+    },
+}
+
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Check {
     /// Print JSON
@@ -322,8 +341,8 @@ pub(crate) struct Boot {
     /// Its initial RAM file system
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// A raw disk image or block device, /dev/vda onwards in the guest
-    #[arg(long, value_name = "FILE[:ro]")]
+    /// A raw disk image or block device, /dev/vda onwards in the guest; options are ro, cache=none and cache=writeback
+    #[arg(long, value_name = "FILE[:OPTION,…]")]
     pub disk: Vec<String>,
     /// The kernel's command line
     #[arg(long, value_name = "WORDS", default_value = "console=hvc0 panic=-1")]

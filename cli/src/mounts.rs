@@ -5,6 +5,7 @@
 use std::collections::HashSet;
 use std::path::{Component, Path, PathBuf};
 
+use hull_sandbox::disks::{DiskCache, DiskFile};
 use hull_sandbox::share::{Caching, Owners, Volume};
 
 use crate::Error;
@@ -35,8 +36,8 @@ pub(crate) enum Kind {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Mounts {
     pub mounts: Vec<Mount>,
-    /// Raw files or block devices, and whether each is read-only.
-    pub disks: Vec<(PathBuf, bool)>,
+    /// Raw files or block devices.
+    pub disks: Vec<DiskFile>,
 }
 
 /// A virtio-blk device has a PCI slot, of which there are 32 for all devices.
@@ -74,8 +75,7 @@ impl Mounts {
             all.mounts.push(memory(text)?);
         }
         for text in disks {
-            let (path, read_only) = text.strip_suffix(":ro").map_or((text.as_str(), false), |path| (path, true));
-            all.add_disk(path, read_only)?;
+            all.add_disk(disk(text)?)?;
         }
         for text in mounts {
             all.mount(text)?;
@@ -110,9 +110,10 @@ impl Mounts {
         self.mounts.iter().any(|mount| normal(&mount.destination) == destination)
     }
 
-    fn add_disk(&mut self, path: &str, read_only: bool) -> Result<usize, Error> {
-        let wrong = |why: String| Error::from(format!("the disk {path} cannot be used: {why}"));
-        let found = std::fs::canonicalize(path).map_err(|error| wrong(error.to_string()))?;
+    fn add_disk(&mut self, disk: DiskFile) -> Result<usize, Error> {
+        let DiskFile { path, read_only, cache } = disk;
+        let wrong = |why: String| Error::from(format!("the disk {} cannot be used: {why}", path.display()));
+        let found = std::fs::canonicalize(&path).map_err(|error| wrong(error.to_string()))?;
         let kind = std::fs::metadata(&found).map_err(|error| wrong(error.to_string()))?.file_type();
         if !kind.is_file() && !std::os::unix::fs::FileTypeExt::is_block_device(&kind) {
             return Err(wrong("it is neither a file nor a block device; give a raw image".to_owned()));
@@ -121,10 +122,10 @@ impl Mounts {
             return Err(format!("more than {DISKS_MAX} disks; a guest has no room for them").into());
         }
         // Two writers of one file, each with a cache of its own, destroy what is on it.
-        if self.disks.iter().any(|(other, other_read_only)| *other == found && !(*other_read_only && read_only)) {
+        if self.disks.iter().any(|other| other.path == found && !(other.read_only && read_only)) {
             return Err(wrong("it is given twice; give it once, or each time with ro".to_owned()));
         }
-        self.disks.push((found, read_only));
+        self.disks.push(DiskFile { path: found, read_only, cache });
         Ok(self.disks.len() - 1)
     }
 
@@ -171,8 +172,9 @@ impl Mounts {
                 return Ok(());
             }
             Some("disk") => {
-                fields.only(text, &["fstype"])?;
-                let index = self.add_disk(needed()?, read_only)?;
+                fields.only(text, &["fstype", "cache"])?;
+                let cache = fields.one(&["cache"])?.map(disk_cache).transpose()?.unwrap_or_default();
+                let index = self.add_disk(DiskFile { path: needed()?.into(), read_only, cache })?;
                 if target.is_none() {
                     return Ok(());
                 }
@@ -266,6 +268,25 @@ fn volume(text: &str) -> Result<Mount, Error> {
     Ok(Mount { destination: place(destination)?, kind, options })
 }
 
+/// Reads `FILE[:OPTION,…]`. A file's name may have colons as well: what follows the last one is options only if it begins with one.
+pub(crate) fn disk(text: &str) -> Result<DiskFile, Error> {
+    let given = text.rsplit_once(':').filter(|(_, given)| {
+        let first = given.split(',').next().unwrap_or_default();
+        matches!(first, "ro" | "rw") || first.starts_with("cache=")
+    });
+    let (path, given) = given.unwrap_or((text, ""));
+    let mut disk = DiskFile { path: path.into(), read_only: false, cache: DiskCache::default() };
+    for option in given.split(',').filter(|option| !option.is_empty()) {
+        match option.split_once('=') {
+            None if option == "ro" => disk.read_only = true,
+            None if option == "rw" => disk.read_only = false,
+            Some(("cache", value)) => disk.cache = disk_cache(value)?,
+            _ => return Err(format!("{option} is no option of a disk; use ro, rw or cache=…").into()),
+        }
+    }
+    Ok(disk)
+}
+
 /// Reads `DST[:OPTION,…]`.
 fn memory(text: &str) -> Result<Mount, Error> {
     let (destination, given) = text.split_once(':').unwrap_or((text, ""));
@@ -317,6 +338,14 @@ fn caching(text: &str) -> Result<Caching, Error> {
         "auto" => Ok(Caching::Auto),
         "always" => Ok(Caching::Always),
         other => Err(format!("cache={other} is not known; use never, auto or always").into()),
+    }
+}
+
+fn disk_cache(text: &str) -> Result<DiskCache, Error> {
+    match text {
+        "writeback" => Ok(DiskCache::Writeback),
+        "none" => Ok(DiskCache::None),
+        other => Err(format!("cache={other} is not known for a disk; use none or writeback").into()),
     }
 }
 
@@ -453,10 +482,30 @@ mod tests {
         for wrong in ["/", "/dev/null", "/no/such/file"] {
             assert!(disks(&[wrong.to_owned()]).is_err(), "{wrong}");
         }
-        let all = one(&[&format!("type=disk,src={path},dst=/d,ro"), &format!("type=disk,src={path},ro")]).unwrap();
+        let all = one(&[&format!("type=disk,src={path},dst=/d,ro"), &format!("type=disk,src={path},ro,cache=none")]);
+        let all = all.unwrap();
+        assert_eq!([all.disks[0].cache, all.disks[1].cache], [DiskCache::Writeback, DiskCache::None]);
+        assert!(one(&[&format!("type=disk,src={path},cache=auto")]).is_err());
         assert_eq!((all.disks.len(), all.mounts.len()), (2, 1));
         assert_eq!(all.mounts[0].kind, Kind::Disk { index: 0, fstype: "ext4".into() });
         assert_eq!(all.mounts[0].options, ["ro", "ro=1"]);
+    }
+
+    #[test]
+    fn options_of_a_disk_follow_the_last_colon() {
+        let cached = |path: &str, read_only| DiskFile { path: path.into(), read_only, cache: DiskCache::Writeback };
+        for (text, expected) in [
+            ("/a", cached("/a", false)),
+            ("/a:ro", cached("/a", true)),
+            ("/a:b", cached("/a:b", false)),
+            ("/by-path/pci-0000:00:1f.2:ro,cache=writeback", cached("/by-path/pci-0000:00:1f.2", true)),
+            ("/a:cache=none,rw", DiskFile { cache: DiskCache::None, ..cached("/a", false) }),
+        ] {
+            assert_eq!(disk(text).unwrap(), expected, "{text}");
+        }
+        for text in ["/a:ro,fast", "/a:cache=unsafe", "/a:cache=", "/a:ro,cache"] {
+            assert!(disk(text).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::process::{ExitStatus, Stdio};
 use hull_vmm_api::config::{BootConfig, ConsoleConfig, CpusConfig, MemoryConfig, VmConfig};
 use rustix::fs::OFlags;
 
+use crate::disks::DiskFile;
 use crate::host::Host;
 use crate::vmm::{Inherited, VmmError, as_first_of_pid_namespace, config_file, describe, open};
 
@@ -17,8 +18,8 @@ pub struct BareConfig {
     pub kernel: PathBuf,
     /// Its initial RAM file system.
     pub initrd: Option<PathBuf>,
-    /// Raw disks, and whether each is read-only.
-    pub disks: Vec<(PathBuf, bool)>,
+    /// Its disks.
+    pub disks: Vec<DiskFile>,
     /// The kernel's command line.
     pub cmdline: String,
     /// Virtual CPUs.
@@ -52,12 +53,13 @@ pub fn run(host: &Host, config: &BareConfig) -> Result<BareExit, VmmError> {
         false => None,
     };
     let disks = fds.add_disks(&config.disks)?;
+    let initrd = config.initrd.as_ref().map(|path| open(path, OFlags::RDONLY)).transpose()?;
     let vm = VmConfig {
         cpus: CpusConfig { boot: config.cpus, max: config.cpus },
         memory: MemoryConfig { size_mib: config.memory_mib },
         boot: BootConfig {
             kernel: fds.add(open(&config.kernel, OFlags::RDONLY)?),
-            initrd: config.initrd.as_ref().map(|path| Ok(fds.add(open(path, OFlags::RDONLY)?))).transpose()?,
+            initrd: initrd.map(|initrd| fds.add(initrd)),
             cmdline: config.cmdline.clone(),
         },
         console: Some(ConsoleConfig { output: fds.add(stdout), input }),

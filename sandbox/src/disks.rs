@@ -4,6 +4,8 @@
 //! reads. The last of them that goes takes the disk
 //! along: the guest lets go of it, the VMM takes it off the bus, and nobody has the host's device open any more.
 
+mod growth;
+
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
@@ -18,6 +20,7 @@ use rustix::io::Errno;
 
 use crate::agent::{Agent, AgentError, answer, long, short};
 use crate::control::{Control, ControlError, Request, Response};
+use growth::Growth;
 
 /// A block device of the host by its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,6 +50,57 @@ impl std::fmt::Display for HostDevice {
     }
 }
 
+/// Whether what a disk holds is also in the host's page cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DiskCache {
+    /// It is: what guests share is read once, what is written goes to the disk when the guest flushes or the host sees fit.
+    #[default]
+    Writeback,
+    /// It is not (`O_DIRECT`): the guest's own cache is the only one.
+    None,
+}
+
+/// A raw file or block device that a guest has as a disk from its start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskFile {
+    /// The file or device.
+    pub path: PathBuf,
+    /// Whether the guest can write to it: enforced on the host.
+    pub read_only: bool,
+    /// Whether the host caches it.
+    pub cache: DiskCache,
+}
+
+impl DiskFile {
+    pub(crate) fn open(&self) -> Result<OwnedFd, DiskError> {
+        let disk = || self.path.display().to_string();
+        let opened = File::options()
+            .read(true)
+            .write(!self.read_only)
+            .custom_flags(self.cache.flags())
+            .open(&self.path)
+            .map_err(|source| match self.cache {
+                DiskCache::None if is_not_direct(&source) => DiskError::NotDirect { disk: disk() },
+                _ => DiskError::Open { disk: disk(), source },
+            });
+        opened.map(OwnedFd::from)
+    }
+}
+
+impl DiskCache {
+    fn flags(self) -> i32 {
+        match self {
+            Self::Writeback => 0,
+            Self::None => OFlags::DIRECT.bits() as i32,
+        }
+    }
+}
+
+/// What open(2) says of a file system that has no `O_DIRECT`.
+fn is_not_direct(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::INVAL.raw_os_error())
+}
+
 /// A disk that did not come or go.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
@@ -57,6 +111,15 @@ pub enum DiskError {
         disk: String,
         /// Why not.
         source: io::Error,
+    },
+    /// The file system has no `O_DIRECT`.
+    #[error(
+        "the disk {disk} cannot go without the host's page cache: its file system has no O_DIRECT; leave out cache=none, or move it to \
+         another file system such as ext4 or xfs"
+    )]
+    NotDirect {
+        /// Which.
+        disk: String,
     },
     /// Somebody else writes to it, or this one would while somebody else reads.
     #[error("the disk {disk} is in use, by another sandbox or by a mount of the node; end that first, or use a copy")]
@@ -82,6 +145,12 @@ pub enum DiskError {
     },
 }
 
+/// What the VMM calls a disk that is there from the start.
+#[must_use]
+pub fn disk_name(index: usize) -> String {
+    format!("disk{index}")
+}
+
 /// The disks of a sandbox.
 #[derive(Debug)]
 pub struct Disks {
@@ -89,6 +158,9 @@ pub struct Disks {
     /// How many there have been, for their names.
     made: u64,
     by_backing: HashMap<Backing, Added>,
+    /// Of the devices that containers ask for.
+    device_cache: DiskCache,
+    growth: Growth,
 }
 
 /// What is behind a disk.
@@ -121,7 +193,27 @@ impl Disks {
     /// No disks yet, of the VMM whose control socket is at `control`.
     #[must_use]
     pub fn new(control: PathBuf) -> Self {
-        Self { control, made: 0, by_backing: HashMap::new() }
+        let growth = Growth::new(control.clone());
+        Self { control, made: 0, by_backing: HashMap::new(), device_cache: DiskCache::default(), growth }
+    }
+
+    /// Has the host cache the devices that containers ask for, or not.
+    #[must_use]
+    pub fn with_device_cache(self, device_cache: DiskCache) -> Self {
+        Self { device_cache, ..self }
+    }
+
+    /// Has disks that the guest has from its start grow with their devices, where they are devices. In a tokio runtime.
+    pub(crate) fn follow(&mut self, disks: &[DiskFile]) {
+        for (index, disk) in disks.iter().enumerate() {
+            match std::fs::metadata(&disk.path) {
+                Ok(metadata) if metadata.file_type().is_block_device() => {
+                    let number = metadata.rdev();
+                    self.growth.watch(&disk_name(index), (rustix::fs::major(number), rustix::fs::minor(number)));
+                }
+                _ => {}
+            }
+        }
     }
 
     /// Has a device in the guest for a container and says which one it is there.
@@ -137,7 +229,8 @@ impl Disks {
             added.users.insert(container.to_owned());
             return Ok(added.guest.clone());
         }
-        let (file, read_only) = open(device).map_err(|source| DiskError::Open { disk: device.to_string(), source })?;
+        let opened = open(device, self.device_cache);
+        let (file, read_only) = opened.map_err(|source| DiskError::Open { disk: device.to_string(), source })?;
         let opened = Opened { name: device.to_string(), backing: Backing::Device(device), file, read_only };
         self.plug(agent, container, opened).await.map(|added| added.guest.clone())
     }
@@ -162,20 +255,27 @@ impl Disks {
 
     async fn plug(&mut self, agent: &Agent, container: &str, opened: Opened) -> Result<&Added, DiskError> {
         let Opened { name: disk, backing, file, read_only } = opened;
-        let id = format!("disk{}", self.made);
+        // Those that were there from the start are called disk0 and so on.
+        let id = format!("added{}", self.made);
         self.made += 1;
         let config = DiskConfig { id: id.clone(), file: Resource::Attached(0), read_only, serial: None };
-        let failed = |source| DiskError::Control { disk: disk.clone(), source };
-        let response = self.call(Request::AddDisk(config), Some(file)).await.map_err(failed)?;
-        let Response::Added { pci_address } = response else {
-            let source = ControlError::Connection(io::ErrorKind::InvalidData.into());
-            return Err(failed(source));
+        if let Backing::Device(HostDevice { major, minor, .. }) = backing {
+            self.growth.watch(&id, (major, minor));
+        }
+        let pci_address = match self.call(Request::AddDisk(config), Some(file)).await {
+            Ok(Response::Added { pci_address }) => pci_address,
+            other => {
+                self.growth.forget(&id);
+                let source = other.err().unwrap_or_else(|| ControlError::Connection(io::ErrorKind::InvalidData.into()));
+                return Err(DiskError::Control { disk, source });
+            }
         };
         let request = AddDeviceRequest { pci_address: pci_address.clone(), ..Default::default() };
         let answered = answer("AddDevice", agent.sandbox.add_device(long(), &request).await);
         let guest = match answered {
             Ok(answer) => GuestDevice { path: answer.device_path, major: answer.major, minor: answer.minor },
             Err(source) => {
+                self.growth.forget(&id);
                 self.take_off(agent, &id, pci_address).await;
                 return Err(DiskError::Agent { disk, source });
             }
@@ -210,6 +310,7 @@ impl Disks {
         }
         for backing in unused {
             if let Some(added) = self.by_backing.remove(&backing) {
+                self.growth.forget(&added.id);
                 self.take_off(agent, &added.id, added.pci_address).await;
             }
         }
@@ -240,12 +341,13 @@ impl Disks {
 
 /// Opens the node of a device: the kernel makes one for each, under a name that sysfs knows. Says too whether it can only be
 /// read: one that is read-only itself may be opened for writing all the same, and each write would be an I/O error to the guest.
-fn open(device: HostDevice) -> io::Result<(OwnedFd, bool)> {
+fn open(device: HostDevice, cache: DiskCache) -> io::Result<(OwnedFd, bool)> {
     let uevent = std::fs::read_to_string(format!("/sys/dev/block/{device}/uevent"))?;
     let name = device_name(&uevent).ok_or(io::ErrorKind::NotFound)?;
     let is_read_only = std::fs::read_to_string(format!("/sys/dev/block/{device}/ro"))?.trim() != "0";
     let read_only = device.read_only || is_read_only;
-    let file = File::options().read(true).write(!read_only).open(Path::new("/dev").join(name))?;
+    let options = File::options().read(true).write(!read_only).custom_flags(cache.flags()).clone();
+    let file = options.open(Path::new("/dev").join(name))?;
     let metadata = file.metadata()?;
     let number = metadata.rdev();
     let is_it = (rustix::fs::major(number), rustix::fs::minor(number)) == (device.major, device.minor);
@@ -326,7 +428,7 @@ mod tests {
     #[test]
     fn a_device_that_the_host_does_not_have_is_not_found() {
         let device = HostDevice { major: 4095, minor: 1_048_575, read_only: true };
-        assert_eq!(open(device).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(open(device, DiskCache::None).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[test]
@@ -341,6 +443,24 @@ mod tests {
         drop((reader, another));
         let _writer = open(false).unwrap();
         assert!(in_use(open(true)) && in_use(open(false)));
+    }
+
+    #[test]
+    fn a_disk_goes_without_the_page_cache_or_says_why_not() {
+        let at = |dir: &str, cache| {
+            let file = tempfile::NamedTempFile::new_in(dir).unwrap();
+            let disk = DiskFile { path: file.path().to_owned(), read_only: true, cache };
+            disk.open().map(|file| rustix::fs::fcntl_getfl(&file).unwrap().contains(OFlags::DIRECT))
+        };
+        for dir in ["/var/tmp", "/dev/shm"] {
+            assert!(!at(dir, DiskCache::Writeback).unwrap());
+            match at(dir, DiskCache::None) {
+                Ok(direct) => assert!(direct),
+                Err(error) => assert!(error.to_string().contains("has no O_DIRECT; leave out"), "{error}"),
+            }
+        }
+        let missing = DiskFile { path: "/no/such".into(), read_only: true, cache: DiskCache::None };
+        assert!(matches!(missing.open(), Err(DiskError::Open { .. })));
     }
 
     #[test]

@@ -107,6 +107,9 @@ pub struct Record {
     /// Where the guest looks users up, as in roots that it mounts itself: whom the container runs as, `USER[:GROUP]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_user: Option<String>,
+    /// The files and devices that are the container's disks, in their order in the guest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<PathBuf>,
 }
 
 /// The state directory.
@@ -416,6 +419,7 @@ mod tests {
             failure: None,
             process: serde_json::Value::Null,
             guest_user: None,
+            disks: Vec::new(),
         }
     }
 

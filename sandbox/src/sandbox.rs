@@ -1,6 +1,6 @@
 //! The phases of a sandbox's life; see the crate's documentation for the diagram.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hull_protocol::agent as wire;
@@ -10,7 +10,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::agent::{Agent, AgentError, answer, short};
 use crate::config::{ConfigError, SandboxConfig};
-use crate::disks::Disks;
+use crate::disks::{DiskFile, Disks};
 use crate::host::{Host, HostError};
 use crate::network::{self, Attachment, NetworkError};
 use crate::registry::{Claim, Registry, RegistryError};
@@ -75,8 +75,8 @@ fn said(console: &[String]) -> String {
 pub struct Extras {
     /// Policies that volumes are to be cached by, each at most once.
     pub caching: Vec<Caching>,
-    /// Raw files or block devices and whether each is read-only: `/dev/vda` onwards in the guest.
-    pub disks: Vec<(PathBuf, bool)>,
+    /// `/dev/vda` onwards in the guest.
+    pub disks: Vec<DiskFile>,
 }
 
 /// A sandbox that has been checked and has its directory, but no VM.
@@ -94,7 +94,7 @@ pub struct Booting {
     config: SandboxConfig,
     parts: Parts,
     sockets: Sockets,
-    caching: Vec<Caching>,
+    extras: Extras,
     /// Until its agent answers.
     turn: Turn,
 }
@@ -105,6 +105,8 @@ pub struct Running {
     parts: Parts,
     agent: Agent,
     ready_us: u64,
+    /// From the start.
+    disks: Vec<DiskFile>,
 }
 
 /// What a sandbox with a VM holds, and must let go of in this order.
@@ -186,7 +188,7 @@ impl Configured {
         match started {
             Ok((vmm, network)) => {
                 let parts = Parts { vmm, network, share, claim };
-                Ok(Booting { config, parts, sockets, caching: extras.caching, turn })
+                Ok(Booting { config, parts, sockets, extras, turn })
             }
             Err(error) => {
                 share.remove()?;
@@ -251,7 +253,7 @@ impl Booting {
                 if let Some(network) = &mut self.parts.network {
                     network.serve(&agent, &self.sockets.vsock, &self.sockets.control);
                 }
-                Ok(Running { parts: self.parts, agent, ready_us })
+                Ok(Running { parts: self.parts, agent, ready_us, disks: self.extras.disks })
             }
             Err(error) => {
                 self.parts.abandon().await;
@@ -281,7 +283,7 @@ impl Booting {
         let network = self.parts.network.as_ref().map(|network| network.description().clone());
         let configured = tokio::select! {
             biased;
-            agent = configure_guest(&self.sockets.vsock, &self.config, network, &self.caching) => agent,
+            agent = configure_guest(&self.sockets.vsock, &self.config, network, &self.extras.caching) => agent,
             ended = vmm.wait() => Err(ended.into()),
         };
         match configured {
@@ -346,10 +348,13 @@ impl Running {
         &self.parts.share
     }
 
-    /// Disks for the guest; there are none yet.
+    /// Disks for the guest; there are none yet besides those of its start, which grow with their devices as long as this lives. In a tokio
+    /// runtime.
     #[must_use]
     pub fn disks(&self) -> Disks {
-        Disks::new(Sockets::in_dir(self.parts.claim.dir()).control)
+        let mut disks = Disks::new(Sockets::in_dir(self.parts.claim.dir()).control);
+        disks.follow(&self.disks);
+        disks
     }
 
     /// The VMM's process identifier; none once its end has been seen.

@@ -18,6 +18,7 @@ use tokio::process::{Child, Command};
 
 use crate::config::SandboxConfig;
 use crate::console::Tail;
+use crate::disks::{DiskError, DiskFile, disk_name};
 use crate::host::Host;
 use crate::network::{HostEnd, device_name};
 use crate::sandbox::Extras;
@@ -39,6 +40,9 @@ pub enum VmmError {
         /// Why.
         source: std::io::Error,
     },
+    /// A disk cannot be opened.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// A socket cannot be made.
     #[error("cannot make the socket {path}: {source}; a socket's path has at most 107 bytes")]
     Socket {
@@ -292,10 +296,10 @@ impl Inherited {
     }
 
     /// Opens disks and says how the configuration describes them.
-    pub(crate) fn add_disks(&mut self, disks: &[(PathBuf, bool)]) -> Result<Vec<DiskConfig>, VmmError> {
-        let disks = disks.iter().enumerate().map(|(index, (path, read_only))| {
-            let file = self.add(open(path, if *read_only { OFlags::RDONLY } else { OFlags::RDWR })?);
-            Ok(DiskConfig { id: format!("disk{index}"), file, read_only: *read_only, serial: None })
+    pub(crate) fn add_disks(&mut self, disks: &[DiskFile]) -> Result<Vec<DiskConfig>, VmmError> {
+        let disks = disks.iter().enumerate().map(|(index, disk)| {
+            let file = self.add(disk.open()?);
+            Ok(DiskConfig { id: disk_name(index), file, read_only: disk.read_only, serial: None })
         });
         disks.collect()
     }

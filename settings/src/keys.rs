@@ -9,7 +9,7 @@ use toml::Spanned;
 use toml::de::{DeValue, ValueDeserializer};
 
 use crate::origin::{Origin, Setting};
-use crate::value::{Allowed, HostNamespaces, KernelParams, Level, Number, Place, RunNetwork};
+use crate::value::{Allowed, BlockCache, HostNamespaces, KernelParams, Level, Number, Place, RunNetwork};
 
 /// Virtual CPUs.
 pub type Vcpus = Number<1, { MAX_CPUS as u64 }>;
@@ -158,9 +158,12 @@ settings! {
         /// What becomes of a pod with hostNetwork, hostPID or hostIPC: "refuse" it, or "ignore" the wish with a warning
         /// in the log. Then it sees its own machine's network (loopback alone), processes or IPC.
         host_namespaces: HostNamespaces = HostNamespaces::Refuse,
+        /// Whether block volumes are in the host's page cache as well as in their guest's: "writeback", or "none": what is
+        /// read and written goes past it (O_DIRECT). A pod may say so with block_device_cache_direct.
+        block_volume_cache: BlockCache = BlockCache::Writeback,
         /// The annotations io.katacontainers.config.hypervisor.NAME that pods may use, by NAME or in full; * stands for
-        /// any letters. Others are ignored with a warning in the log. There are also kernel_params, with which a pod
-        /// can switch off what its guest's kernel does for its own security.
+        /// any letters. Others are ignored with a warning in the log. There are also block_device_cache_direct, and
+        /// kernel_params, with which a pod can switch off what its guest's kernel does for its own security.
         allowed_annotations: Allowed =
             Allowed::fixed(&["default_vcpus", "default_memory", "default_maxvcpus", "default_maxmemory"]),
     }

@@ -28,7 +28,9 @@ use hull_sandbox::host::{Host, Places};
 pub use example::example;
 pub use keys::{Described, Guest, Log, MemoryMib, OverheadMib, Paths, Pod, Run, Seconds, Settings, SpareVcpus, Vcpus};
 pub use origin::{Origin, Setting};
-pub use value::{ANNOTATIONS, Allowed, HYPERVISOR, HostNamespaces, KernelParams, Level, Number, Place, RunNetwork};
+pub use value::{
+    ANNOTATIONS, Allowed, BlockCache, HYPERVISOR, HostNamespaces, KernelParams, Level, Number, Place, RunNetwork,
+};
 
 /// Where the files are, unless this variable of the environment says otherwise.
 pub const DIR: &str = "/etc/hull";

@@ -111,7 +111,7 @@ fn values_are_checked_where_they_stand() {
         ),
         (
             "[pod]\nallowed_annotations = [\n 'default_memory',\n 'kernel_parms']",
-            "config.toml:2: pod.allowed_annotations: \"kernel_parms\" is no annotation that has a meaning here; did you mean kernel_params?; there are default_vcpus, default_memory, default_maxvcpus, default_maxmemory, kernel_params",
+            "config.toml:2: pod.allowed_annotations: \"kernel_parms\" is no annotation that has a meaning here; did you mean kernel_params?; there are default_vcpus, default_memory, default_maxvcpus, default_maxmemory, block_device_cache_direct, kernel_params",
         ),
         (
             "[log]\nlevel = 'dbug'",

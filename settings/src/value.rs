@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use hull_sandbox::disks::DiskCache;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -13,8 +14,14 @@ const MAX_PATTERNS: usize = 64;
 /// Kata's prefix of the annotations that say how a pod's machine is to be.
 pub const HYPERVISOR: &str = "io.katacontainers.config.hypervisor.";
 /// The annotations that have a meaning here, without their prefix.
-pub const ANNOTATIONS: [&str; 5] =
-    ["default_vcpus", "default_memory", "default_maxvcpus", "default_maxmemory", "kernel_params"];
+pub const ANNOTATIONS: [&str; 6] = [
+    "default_vcpus",
+    "default_memory",
+    "default_maxvcpus",
+    "default_maxmemory",
+    "block_device_cache_direct",
+    "kernel_params",
+];
 
 /// A whole number from `MIN` to `MAX`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -124,6 +131,16 @@ pub enum HostNamespaces {
     Ignore,
 }
 
+/// Whether the host's page cache has what block volumes hold, as well as their guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", try_from = "String")]
+pub enum BlockCache {
+    /// It has.
+    Writeback,
+    /// It has not (`O_DIRECT`).
+    None,
+}
+
 /// The network of `hull run` where nothing says which.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -150,6 +167,23 @@ impl TryFrom<String> for HostNamespaces {
 
     fn try_from(text: String) -> Result<Self, String> {
         choose(&text, [("refuse", Self::Refuse), ("ignore", Self::Ignore)])
+    }
+}
+
+impl TryFrom<String> for BlockCache {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        choose(&text, [("writeback", Self::Writeback), ("none", Self::None)])
+    }
+}
+
+impl From<BlockCache> for DiskCache {
+    fn from(cache: BlockCache) -> Self {
+        match cache {
+            BlockCache::Writeback => Self::Writeback,
+            BlockCache::None => Self::None,
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use hull_sandbox::disks::DiskCache;
 use hull_settings::{ANNOTATIONS, HYPERVISOR, Settings};
 
 use crate::error::{Error, Result};
@@ -48,7 +49,7 @@ pub(crate) fn role(annotations: &Annotations) -> Result<Role> {
 
 const MIB: u64 = 1 << 20;
 
-/// How large a pod's VM is.
+/// How large a pod's VM is, and what else the pod can say of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Size {
     /// What it has whatever its containers' limits are.
@@ -59,6 +60,8 @@ pub(crate) struct Size {
     pub(crate) max_cpus: u8,
     pub(crate) memory_mib: u64,
     pub(crate) kernel_params: String,
+    /// Of its block volumes.
+    pub(crate) block_cache: DiskCache,
 }
 
 /// A pod's limits; 0 where there is none.
@@ -130,7 +133,16 @@ pub(crate) fn size(annotations: &Annotations, limits: Limits, settings: &Setting
     let asked_words = allowed("kernel_params");
     words.extend(asked_words.iter().map(|(_, text)| text.as_str()));
     words.retain(|words| !words.is_empty());
+    let block_cache = match allowed("block_device_cache_direct") {
+        None => pod.block_volume_cache.value.into(),
+        Some((name, text)) => match text.trim() {
+            "true" => DiskCache::None,
+            "false" => DiskCache::Writeback,
+            other => return Err(Error::Invalid(format!("the annotation {name}: {other:?} is neither true nor false"))),
+        },
+    };
     Ok(Size {
+        block_cache,
         base_cpus: narrow(cpus_default.min(cpus))?,
         cpus: narrow(cpus)?,
         max_cpus: narrow(max_cpus)?,
@@ -217,6 +229,22 @@ mod tests {
     }
 
     #[test]
+    fn block_volumes_are_cached_as_the_node_says_or_an_allowed_annotation() {
+        let cache = |annotation: Option<&str>, node: &str| {
+            let annotated = annotation.map(|text| (format!("{HYPERVISOR}block_device_cache_direct"), text.to_owned()));
+            size(&annotated.into_iter().collect(), Limits::default(), &settings(node)).map(|size| size.block_cache)
+        };
+        let allowed = "pod.allowed_annotations = ['block_device_cache_direct']";
+        let uncached = "pod.block_volume_cache = 'none'";
+        assert_eq!(cache(None, "").unwrap(), DiskCache::Writeback);
+        assert_eq!(cache(None, uncached).unwrap(), DiskCache::None);
+        assert_eq!(cache(Some("true"), "").unwrap(), DiskCache::Writeback, "not allowed");
+        assert_eq!(cache(Some("true"), allowed).unwrap(), DiskCache::None);
+        assert_eq!(cache(Some("false"), &format!("{allowed}\n{uncached}")).unwrap(), DiskCache::Writeback);
+        assert!(cache(Some("maybe"), allowed).unwrap_err().to_string().contains("block_device_cache_direct"));
+    }
+
+    #[test]
     fn katas_annotations_win_and_are_capped_by_their_maxima() {
         let asked = annotations([
             ("io.katacontainers.config.hypervisor.default_vcpus", "4"),
@@ -225,7 +253,17 @@ mod tests {
         ]);
         let size = sized(&asked, Limits::default()).unwrap();
         let kernel_params = String::new();
-        assert_eq!(size, Size { base_cpus: 3, cpus: 3, max_cpus: 3, memory_mib: 2048, kernel_params });
+        assert_eq!(
+            size,
+            Size {
+                base_cpus: 3,
+                cpus: 3,
+                max_cpus: 3,
+                memory_mib: 2048,
+                kernel_params,
+                block_cache: DiskCache::Writeback
+            }
+        );
     }
 
     #[test]
@@ -256,7 +294,17 @@ mod tests {
         ]);
         let none = size(&asked, Limits::default(), &settings("pod.allowed_annotations = []")).unwrap();
         let kernel_params = String::new();
-        assert_eq!(none, Size { base_cpus: 1, cpus: 1, max_cpus: 1, memory_mib: 512, kernel_params });
+        assert_eq!(
+            none,
+            Size {
+                base_cpus: 1,
+                cpus: 1,
+                max_cpus: 1,
+                memory_mib: 512,
+                kernel_params,
+                block_cache: DiskCache::Writeback
+            }
+        );
         let node = settings("guest.kernel_params = 'quiet'\npod.allowed_annotations = ['kernel_*']");
         assert_eq!(size(&asked, Limits::default(), &node).unwrap().kernel_params, "quiet init=/bin/sh");
     }

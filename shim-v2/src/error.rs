@@ -84,7 +84,7 @@ impl Error {
             Self::Cgroup(CgroupError::Version) => Code::FAILED_PRECONDITION,
             Self::Cgroup(CgroupError::Path(_)) => Code::INVALID_ARGUMENT,
             Self::Cgroup(CgroupError::Use { source, .. }) | Self::Disk(DiskError::Open { source, .. }) => of_io(source),
-            Self::Disk(DiskError::InUse { .. }) => Code::FAILED_PRECONDITION,
+            Self::Disk(DiskError::InUse { .. } | DiskError::NotDirect { .. }) => Code::FAILED_PRECONDITION,
             Self::Disk(DiskError::Control { .. }) => Code::INTERNAL,
             Self::Disk(DiskError::Agent { source, .. }) => of_agent(source),
             Self::Share(error) | Self::Root(RootError::Share(error)) => of_share(error),

@@ -109,7 +109,7 @@ impl Vm {
             agent: running.agent().clone(),
             pid: running.vmm_pid().unwrap_or_default(),
             jobs,
-            disks: Arc::new(tokio::sync::Mutex::new(running.disks())),
+            disks: Arc::new(tokio::sync::Mutex::new(running.disks().with_device_cache(size.block_cache))),
             end: ended,
         };
         tracing::info!(vmm = vm.pid, ready_us = running.ready_us(), "the guest's agent answers");

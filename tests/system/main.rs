@@ -7,6 +7,7 @@ mod containerd;
 mod containers;
 mod contract;
 mod cri;
+mod disks;
 mod durability;
 mod exec;
 mod isolation;

@@ -1,14 +1,12 @@
 //! `hull boot`: a bare microVM of the user's own kernel.
 
-use std::path::PathBuf;
-
 use hull_sandbox::bare::{self, BareConfig};
 use hull_sandbox::config::ConfigError;
 use hull_sandbox::host::Host;
 use hull_vmm_api::config::MAX_CPUS;
 
 use crate::args::Boot;
-use crate::{Outcome, terminal};
+use crate::{Outcome, mounts, terminal};
 
 pub(super) fn run(args: Boot, host: &Host) -> Outcome {
     let cpus = u8::try_from(args.cpus).unwrap_or(u8::MAX);
@@ -18,7 +16,7 @@ pub(super) fn run(args: Boot, host: &Host) -> Outcome {
     let config = BareConfig {
         kernel: args.kernel,
         initrd: args.initrd,
-        disks: args.disk.iter().map(|text| parse_disk(text)).collect(),
+        disks: args.disk.iter().map(|text| mounts::disk(text)).collect::<Result<_, _>>()?,
         cmdline: args.cmdline,
         cpus,
         memory_mib: args.memory,
@@ -28,23 +26,4 @@ pub(super) fn run(args: Boot, host: &Host) -> Outcome {
     let exit = bare::run(host, &config)?;
     drop(raw_mode);
     if exit.orderly { Ok(0) } else { Err(format!("the virtual machine {}", exit.reason).into()) }
-}
-
-/// Reads `FILE[:ro]`.
-fn parse_disk(text: &str) -> (PathBuf, bool) {
-    match text.strip_suffix(":ro") {
-        Some(path) => (path.into(), true),
-        None => (text.into(), false),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_disk_may_be_read_only() {
-        assert_eq!(parse_disk("/a:ro"), ("/a".into(), true));
-        assert_eq!(parse_disk("/a:b"), ("/a:b".into(), false));
-    }
 }

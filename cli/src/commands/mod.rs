@@ -3,6 +3,7 @@
 mod boot;
 mod check;
 mod config;
+mod disk;
 mod exec;
 mod image;
 mod inspect;
@@ -43,6 +44,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         Verb::Stats(args) => stats::run(&args, &host),
         Verb::Inspect(args) => inspect::run(&args, &host),
         Verb::Image(args) => image::run(args, &host),
+        Verb::Disk(args) => disk::run(&args, &host),
         Verb::Check(args) => check::run(&args, host),
         Verb::Config(args) => config::run(&args, host),
         Verb::Boot(args) => boot::run(args, &Settings::load()?.host(host)),

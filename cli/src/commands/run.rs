@@ -149,6 +149,7 @@ fn plan(args: Run, network: &str, host: Host, settings: &Settings) -> Result<Pre
         failure: None,
         process: spec::process(&program),
         guest_user,
+        disks: mounts.disks.iter().map(|disk| disk.path.clone()).collect(),
     };
     let config = SandboxConfig {
         id,

@@ -78,7 +78,14 @@ mod tests {
     use super::*;
 
     fn size(base_cpus: u8, cpus: u8, max_cpus: u8) -> Size {
-        Size { base_cpus, cpus, max_cpus, memory_mib: 512, kernel_params: String::new() }
+        Size {
+            base_cpus,
+            cpus,
+            max_cpus,
+            memory_mib: 512,
+            kernel_params: String::new(),
+            block_cache: Default::default(),
+        }
     }
 
     #[test]

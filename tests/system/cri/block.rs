@@ -72,6 +72,14 @@ fn a_block_device_is_a_disk_of_the_guests_at_the_path_asked_for() {
         let refused = other.try_exec(&script, 0).unwrap();
         assert!(refused.code != 0 && refused.stderr.contains("not permitted"), "{handler}: {refused:?}");
 
+        // It grows with the node's device, and who expands a volume tells nobody but the kernel.
+        disk.image.as_file().set_len(8 << 20).unwrap();
+        host(&format!("losetup --set-capacity {}", disk.node));
+        eventually("the disk grows", || match writer.exec("blockdev --getsize64 /dev/data").as_str() {
+            "8388608" => Ok(()),
+            size => Err(format!("{handler}: it has {size} bytes")),
+        });
+
         // With its last container the node has the disk back.
         for container in [writer, reader] {
             container.stop(0);

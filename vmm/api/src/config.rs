@@ -172,7 +172,7 @@ pub enum CachePolicy {
 pub struct DiskConfig {
     /// Name of the device in control requests, unique in the VM.
     pub id: String,
-    /// A raw image or a block device.
+    /// A raw image or a block device. A descriptor that was opened with `O_DIRECT` goes past the host's page cache.
     pub file: Resource,
     /// Whether writes fail.
     #[serde(default)]

@@ -32,6 +32,12 @@ pub enum Request {
         /// The device's name.
         id: String,
     },
+    /// Has a disk take over the size that its file or device has now, which may be more than before and not less. The guest
+    /// is told.
+    ResizeDisk {
+        /// The disk's name.
+        id: String,
+    },
     /// Ends the VM.
     Stop {
         /// Whether to end at once, rather than after the devices have written back what the guest gave them.
@@ -51,6 +57,11 @@ pub enum Response {
     Added {
         /// PCI address as Linux writes it: `0000:00:05.0`.
         pci_address: String,
+    },
+    /// Done; the disk has this size.
+    Resized {
+        /// In bytes, whole logical blocks.
+        size_bytes: u64,
     },
     /// Answer to [`Request::Status`].
     Status(Status),

@@ -141,10 +141,13 @@ const ALLOWED: [&[libc::c_long]; 6] = [
 
 /// Requests of ioctl(2) that are not KVM's: disks that are block devices (linux/fs.h), sockets that do not block, and
 /// settings of taps that exist (linux/if_tun.h).
-const DEVICE_IOCTLS: [u32; 10] = [
+const DEVICE_IOCTLS: [u32; 13] = [
     0x8008_1272, // BLKGETSIZE64
     0x1268,      // BLKSSZGET
     0x127b,      // BLKPBSZGET
+    0x1278,      // BLKIOMIN
+    0x1279,      // BLKIOOPT
+    0x127a,      // BLKALIGNOFF
     0x1277,      // BLKDISCARD
     0x5421,      // FIONBIO
     0x4004_54d0, // TUNSETOFFLOAD

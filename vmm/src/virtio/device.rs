@@ -154,6 +154,28 @@ pub enum RestoreError {
     Damaged(DeviceKind),
 }
 
+/// Why a device did not take over its new size.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// It is no disk.
+    #[error("it has no size that could change; only a disk has one")]
+    NoSize,
+    /// The host does not tell.
+    #[error("{0}")]
+    Unknown(String),
+    /// What the guest has of it would be gone.
+    #[error(
+        "its file or device has {now_bytes} bytes, fewer than the {known_bytes} that the guest knows, and a disk in use cannot shrink; \
+         make it as long as it was"
+    )]
+    Shrunk {
+        /// As the host says.
+        now_bytes: u64,
+        /// As the guest knows it.
+        known_bytes: u64,
+    },
+}
+
 /// A virtio device.
 pub trait VirtioDevice: Send {
     /// Its type. Any time.
@@ -190,6 +212,16 @@ pub trait VirtioDevice: Send {
     /// Stops to serve the queues and forgets them: the driver reset the device, or it leaves the bus. Returns once
     /// nothing touches guest memory any more. Any time, also when not active (then it does nothing).
     fn deactivate(&mut self);
+
+    /// Looks at how large the device's file is now, tells the driver if that is more than before, and returns the size in bytes.
+    /// Any time.
+    ///
+    /// # Errors
+    ///
+    /// When it is less than before, or the device has no size. Nothing has changed then.
+    fn resize(&mut self) -> Result<u64, ResizeError> {
+        Err(ResizeError::NoSize)
+    }
 
     /// Finishes what is in flight, writes back what the host would lose, and leaves guest memory alone from its return
     /// until `resume`. Kicks that arrive meanwhile are kept. Only with all vCPUs stopped; any device state.

@@ -124,6 +124,10 @@ fn answer(line: &[u8], attached: Vec<OwnedFd>, machine: &mut Machine) -> Respons
             Ok(()) => Response::Ok,
             Err(problem) => error(&problem),
         },
+        Request::ResizeDisk { id } => match machine.resize_disk(&id) {
+            Ok(size_bytes) => Response::Resized { size_bytes },
+            Err(problem) => error(&problem),
+        },
         Request::Stop { hard } => {
             machine.ending().end(if hard { Outcome::Killed } else { Outcome::Stopped });
             Response::Ok

@@ -15,7 +15,7 @@ use crate::memory;
 use crate::outcome::Ending;
 use crate::pci::root::Address;
 use crate::vcpu::Vcpus;
-use crate::virtio::device::VirtioDevice;
+use crate::virtio::device::{ResizeError, VirtioDevice};
 use crate::virtio::pci::function::VirtioPci;
 
 /// Why something could not be done to a VM. Nothing has changed then.
@@ -33,6 +33,14 @@ pub enum MachineError {
     /// A device that every VM keeps.
     #[error("the device \"{0}\" cannot be removed")]
     NotRemovable(String),
+    /// A disk that does not take over its new size.
+    #[error("the disk \"{id}\" keeps its size: {source}")]
+    Resize {
+        /// Its name.
+        id: String,
+        /// Why.
+        source: ResizeError,
+    },
     /// All places on the bus are taken.
     #[error("the PCI bus is full; remove a device first")]
     BusFull,
@@ -194,6 +202,18 @@ impl Machine {
         // A vCPU may hold the function a moment longer; the device stops now.
         entry.lock().shut_down();
         Ok(())
+    }
+
+    /// Has a disk take over the size that its file or device has now; returns it in bytes. The guest is told.
+    ///
+    /// # Errors
+    ///
+    /// When there is none of that name, it is no disk, or it would shrink.
+    pub fn resize_disk(&mut self, id: &str) -> Result<u64, MachineError> {
+        let Some(entry) = self.devices.iter().find(|entry| entry.id == id) else {
+            return Err(MachineError::NoSuchDevice(id.to_owned()));
+        };
+        entry.lock().resize().map_err(|source| MachineError::Resize { id: id.to_owned(), source })
     }
 
     fn check_name(&self, id: &str) -> Result<(), MachineError> {

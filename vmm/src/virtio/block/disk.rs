@@ -3,27 +3,34 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::BlockError;
+use super::geometry::{Geometry, PAGE};
 use super::request::{Range, SECTOR_BYTES};
 
 // linux/fs.h
 const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
-const BLKSSZGET: libc::c_ulong = 0x1268;
-const BLKPBSZGET: libc::c_ulong = 0x127b;
 const BLKDISCARD: libc::c_ulong = 0x1277;
 
 /// Written where the host has no faster way to zero.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROES: Aligned = Aligned([0; ASIDE_BYTES]);
+
+/// Bytes of a transfer that goes through memory of the VMM's own, at a time.
+const ASIDE_BYTES: usize = 64 << 10;
+
+/// Memory that any host takes transfers from.
+#[repr(align(4096))]
+struct Aligned([u8; ASIDE_BYTES]);
 
 /// A disk image or block device, open.
 pub(super) struct Disk {
     file: File,
     is_device: bool,
-    capacity_sectors: u64,
-    logical_block: u32,
-    physical_block: u32,
+    /// As the guest knows it.
+    capacity_sectors: AtomicU64,
+    geometry: Geometry,
 }
 
 impl Disk {
@@ -45,37 +52,36 @@ impl Disk {
         if !is_device && !metadata.is_file() {
             return Err(BlockError::NotADisk);
         }
-        let (mut len, mut logical_block, mut physical_block) = (metadata.len(), 512_u32, 4096_u32);
-        if is_device {
-            // SAFETY: the kernel writes one integer of the type that each request is defined for.
-            unsafe {
-                ioctl_get(&file, BLKGETSIZE64, "ioctl(BLKGETSIZE64)", &mut len)?;
-                ioctl_get(&file, BLKSSZGET, "ioctl(BLKSSZGET)", &mut logical_block)?;
-                ioctl_get(&file, BLKPBSZGET, "ioctl(BLKPBSZGET)", &mut physical_block)?;
-            }
-        } else if flags & libc::O_DIRECT != 0 {
-            // Direct transfers must be aligned; what the file system reports as its block size always is.
-            logical_block = u32::try_from(metadata.blksize()).unwrap_or(4096).clamp(512, 4096);
-        }
-        let valid = |size: u32| size.is_power_of_two() && (512..=1 << 20).contains(&size);
-        if !valid(logical_block) || !valid(physical_block) {
-            return Err(BlockError::NotADisk);
-        }
-        let capacity_sectors = len / u64::from(logical_block) * (u64::from(logical_block) / SECTOR_BYTES);
-        let physical_block = physical_block.max(logical_block);
-        Ok(Self { file, is_device, capacity_sectors, logical_block, physical_block })
+        let geometry = Geometry::of(&file, is_device, flags & libc::O_DIRECT != 0)?;
+        let disk = Self { file, is_device, capacity_sectors: AtomicU64::new(0), geometry };
+        disk.set_capacity_sectors(disk.measure()?);
+        Ok(disk)
+    }
+
+    /// How many sectors the file or device has now, in whole logical blocks.
+    pub(super) fn measure(&self) -> Result<u64, BlockError> {
+        let len = if self.is_device {
+            let mut len = 0_u64;
+            // SAFETY: the kernel writes one such integer.
+            unsafe { ioctl_get(&self.file, BLKGETSIZE64, "ioctl(BLKGETSIZE64)", &mut len)? };
+            len
+        } else {
+            self.file.metadata().map_err(|source| BlockError::Inspect { step: "stat", source })?.len()
+        };
+        let logical = u64::from(self.geometry.logical);
+        Ok(len / logical * (logical / SECTOR_BYTES))
     }
 
     pub(super) fn capacity_sectors(&self) -> u64 {
-        self.capacity_sectors
+        self.capacity_sectors.load(Ordering::Acquire)
     }
 
-    pub(super) fn logical_block(&self) -> u32 {
-        self.logical_block
+    pub(super) fn set_capacity_sectors(&self, sectors: u64) {
+        self.capacity_sectors.store(sectors, Ordering::Release);
     }
 
-    pub(super) fn physical_block(&self) -> u32 {
-        self.physical_block
+    pub(super) fn geometry(&self) -> &Geometry {
+        &self.geometry
     }
 
     pub(super) fn fd(&self) -> RawFd {
@@ -118,6 +124,30 @@ impl Disk {
         Ok(())
     }
 
+    /// Has `put` take each part of the `len` bytes from `offset` on, in order, by way of memory that the host takes transfers to.
+    pub(super) fn read_aside(&self, offset: u64, len: usize, mut put: impl FnMut(usize, &[u8])) -> io::Result<()> {
+        aside(len, |done, buffer| {
+            self.file.read_exact_at(buffer, offset + done as u64)?;
+            put(done, buffer);
+            Ok(())
+        })
+    }
+
+    /// Writes `len` bytes from `offset` on, parts of which `get` fills in, in order; to stable storage if `durable`.
+    pub(super) fn write_aside(
+        &self,
+        offset: u64,
+        len: usize,
+        durable: bool,
+        mut get: impl FnMut(usize, &mut [u8]),
+    ) -> io::Result<()> {
+        aside(len, |done, buffer| {
+            get(done, buffer);
+            self.file.write_all_at(buffer, offset + done as u64)
+        })?;
+        if durable { self.flush() } else { Ok(()) }
+    }
+
     /// Makes stable what was written.
     pub(super) fn flush(&self) -> io::Result<()> {
         self.file.sync_data()
@@ -146,8 +176,8 @@ impl Disk {
             Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)) => {
                 let (mut offset, end) = (range.offset, range.offset + range.len);
                 while offset < end {
-                    let len = usize::try_from(end - offset).map_or(ZEROES.len(), |left| left.min(ZEROES.len()));
-                    self.file.write_all_at(&ZEROES[..len], offset)?;
+                    let len = usize::try_from(end - offset).map_or(ASIDE_BYTES, |left| left.min(ASIDE_BYTES));
+                    self.file.write_all_at(&ZEROES.0[..len], offset)?;
                     offset += len as u64;
                 }
                 Ok(())
@@ -167,6 +197,19 @@ impl Disk {
             }
         }
     }
+}
+
+/// Does the parts of a transfer of `len` bytes one after the other, each with as much memory as it has bytes.
+fn aside(len: usize, mut part: impl FnMut(usize, &mut [u8]) -> io::Result<()>) -> io::Result<()> {
+    let mut memory = vec![0; len.min(ASIDE_BYTES) + PAGE as usize];
+    let start = memory.as_ptr().align_offset(PAGE as usize);
+    let mut done = 0;
+    while done < len {
+        let count = (len - done).min(ASIDE_BYTES);
+        part(done, &mut memory[start..start + count])?;
+        done += count;
+    }
+    Ok(())
 }
 
 /// What remains of a transfer after a system call that returned `done`.
@@ -202,7 +245,7 @@ pub(super) fn advance(iovecs: &mut [libc::iovec], mut done: usize) -> usize {
 /// # Safety
 ///
 /// `request` must be one for which the kernel writes a `T`.
-unsafe fn ioctl_get<T>(
+pub(super) unsafe fn ioctl_get<T>(
     file: &File,
     request: libc::c_ulong,
     step: &'static str,

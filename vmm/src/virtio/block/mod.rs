@@ -1,11 +1,12 @@
 //! The block device (virtio 1.3, section 5.2): a raw image or a block device of the host as the guest's disk.
 //!
-//! `request` says what a request means, `disk` does it on the host, and a `worker` for each queue moves requests from it to one
-//! of two engines: `uring`, or `threaded` where the host forbids io_uring. The device's threads live from `activate` or
+//! `request` says what a request means, `disk` does it on the host, whose blocks `geometry` knows, and a `worker` for each queue moves requests from
+//! it to one of two engines: `uring`, or `threaded` where the host forbids io_uring. The device's threads live from `activate` or
 //! `resume` to `deactivate` or `pause`; each hands its queue back when it ends, so a paused device has no thread and
 //! nothing in flight.
 
 mod disk;
+mod geometry;
 mod request;
 mod threaded;
 mod uring;
@@ -19,10 +20,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::disk::Disk;
-use self::request::{ID_BYTES, Limits, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS};
+use self::request::{ID_BYTES, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS, SECTOR_BYTES};
 use self::worker::{Running, Shared, Worker};
 use super::device::{
-    ActivateError, Activation, DeviceKind, DeviceState, RestoreError, VirtioDevice, read_config_bytes,
+    ActivateError, Activation, DeviceKind, DeviceState, Interrupt, ResizeError, RestoreError, VirtioDevice,
+    read_config_bytes,
 };
 
 // Feature bits (section 5.2.3).
@@ -69,6 +71,22 @@ pub enum BlockError {
     /// Opened in a mode that does not suit.
     #[error("the disk is not open for reading and writing: open it so, or make it read-only")]
     Access,
+    /// Opened with `O_DIRECT`, which the file system accepts but does not do.
+    #[error(
+        "the disk cannot be used past the host's page cache: its file system does not do that for this file; leave out O_DIRECT"
+    )]
+    NotDirect,
+    /// Opened with `O_DIRECT`, whose blocks are too large for a guest.
+    #[error(
+        "the disk cannot be used past the host's page cache: that takes blocks of {logical} bytes and memory aligned to {memory}, \
+         and a guest has no more than 4096; leave out O_DIRECT"
+    )]
+    Alignment {
+        /// The blocks.
+        logical: u32,
+        /// The alignment of memory.
+        memory: u32,
+    },
     /// The serial number does not fit.
     #[error("a disk's serial number has at most {ID_BYTES} bytes; shorten it")]
     SerialTooLong,
@@ -82,6 +100,8 @@ pub struct Block {
     name: String,
     shared: Arc<Shared>,
     queue_sizes: Vec<u16>,
+    /// To tell the driver of a new size, while there is one.
+    interrupt: Option<Arc<dyn Interrupt>>,
     run: Run,
 }
 
@@ -119,17 +139,17 @@ impl Block {
         let mut padded = [0; ID_BYTES];
         let serial = serial.unwrap_or_default().as_bytes();
         padded.get_mut(..serial.len()).ok_or(BlockError::SerialTooLong)?.copy_from_slice(serial);
-        let limits = Limits { capacity_sectors: disk.capacity_sectors(), read_only };
         let shared = Arc::new(Shared {
             disk,
-            limits,
+            read_only,
             serial: padded,
             write_through: AtomicBool::new(false),
             completed: AtomicU64::new(0),
             try_uring,
             stop: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(BlockError::EventFd)?,
         });
-        Ok(Self { name: format!("blk-{id}"), shared, queue_sizes: vec![QUEUE_SIZE], run: Run::Inactive })
+        let name = format!("blk-{id}");
+        Ok(Self { name, shared, queue_sizes: vec![QUEUE_SIZE], interrupt: None, run: Run::Inactive })
     }
 
     fn start(&mut self, workers: Vec<Worker>) -> io::Result<()> {
@@ -140,21 +160,19 @@ impl Block {
     /// The configuration space (section 5.2.4).
     fn config(&self) -> [u8; CONFIG_BYTES] {
         let disk = &self.shared.disk;
-        let (logical, physical) = (disk.logical_block(), disk.physical_block());
+        let geometry = disk.geometry();
         let mut space = [0; CONFIG_BYTES];
         let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &disk.capacity_sectors().to_le_bytes());
         put(8, &SIZE_MAX.to_le_bytes());
         put(12, &SEG_MAX.to_le_bytes());
-        put(20, &logical.to_le_bytes());
-        // Topology: logical blocks per physical one as a power of two, no offset, physical blocks at least.
-        put(24, &[physical.ilog2().saturating_sub(logical.ilog2()) as u8, 0]);
-        put(26, &u16::try_from(physical / logical).unwrap_or(1).to_le_bytes());
+        put(20, &geometry.logical.to_le_bytes());
+        put(24, &geometry.topology());
         put(CONFIG_WRITEBACK, &[u8::from(!self.shared.write_through.load(Ordering::Relaxed))]);
         put(34, &(self.queue_sizes.len() as u16).to_le_bytes());
         put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
         put(40, &MAX_RANGES.to_le_bytes());
-        put(44, &(physical / 512).to_le_bytes());
+        put(44, &(geometry.physical / SECTOR_BYTES as u32).to_le_bytes());
         put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
         put(52, &MAX_RANGES.to_le_bytes());
         put(56, &[1]);
@@ -176,7 +194,7 @@ impl VirtioDevice for Block {
             | VIRTIO_BLK_F_CONFIG_WCE
             | VIRTIO_BLK_F_MQ;
         let writable = VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES;
-        always | if self.shared.limits.read_only { VIRTIO_BLK_F_RO } else { writable }
+        always | if self.shared.read_only { VIRTIO_BLK_F_RO } else { writable }
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -209,7 +227,9 @@ impl VirtioDevice for Block {
         if activation.features & (VIRTIO_BLK_F_FLUSH | VIRTIO_BLK_F_CONFIG_WCE) == 0 {
             self.shared.write_through.store(true, Ordering::Relaxed);
         }
-        self.start(workers).map_err(|source| ActivateError::Host { step: "starting the disk's threads", source })
+        self.start(workers).map_err(|source| ActivateError::Host { step: "starting the disk's threads", source })?;
+        self.interrupt = Some(activation.interrupt);
+        Ok(())
     }
 
     fn deactivate(&mut self) {
@@ -217,6 +237,25 @@ impl VirtioDevice for Block {
             running.stop();
         }
         self.shared.write_through.store(false, Ordering::Relaxed);
+        self.interrupt = None;
+    }
+
+    fn resize(&mut self) -> Result<u64, ResizeError> {
+        let disk = &self.shared.disk;
+        let (known, now) = (disk.capacity_sectors(), disk.measure());
+        let now = now.map_err(|error| ResizeError::Unknown(error.to_string()))?;
+        let bytes = |sectors: u64| sectors * SECTOR_BYTES;
+        if now < known {
+            return Err(ResizeError::Shrunk { now_bytes: bytes(now), known_bytes: bytes(known) });
+        }
+        if now > known {
+            // Before the driver hears of it, which may be at once.
+            disk.set_capacity_sectors(now);
+            if let Some(interrupt) = &self.interrupt {
+                interrupt.signal_config();
+            }
+        }
+        Ok(bytes(now))
     }
 
     fn pause(&mut self) {

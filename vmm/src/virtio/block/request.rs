@@ -40,6 +40,8 @@ pub(super) enum Status {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     pub(super) capacity_sectors: u64,
+    /// Transfers come in whole blocks of this many sectors.
+    pub(super) block_sectors: u64,
     pub(super) read_only: bool,
 }
 
@@ -124,6 +126,15 @@ impl Request {
             _ => Err(Status::Unsupported),
         }
     }
+
+    /// The memory that a transfer is to or from; good as long as the chain lives.
+    pub(super) fn iovecs(&self, chain: &Chain) -> Vec<libc::iovec> {
+        match *self {
+            Self::Read { len, .. } => chain.writable_iovecs(0, len),
+            Self::Write { len, .. } => chain.readable_iovecs(Self::WRITE_DATA, len),
+            _ => Vec::new(),
+        }
+    }
 }
 
 impl Limits {
@@ -134,7 +145,7 @@ impl Limits {
     /// The byte offset of a transfer of `len` bytes at `sector`.
     fn transfer(&self, sector: u64, len: usize) -> Result<u64, Status> {
         let len = len as u64;
-        if !len.is_multiple_of(SECTOR_BYTES) {
+        if !len.is_multiple_of(SECTOR_BYTES * self.block_sectors) || !sector.is_multiple_of(self.block_sectors) {
             return Err(Status::IoError);
         }
         self.within(sector, len / SECTOR_BYTES)
@@ -181,7 +192,7 @@ mod tests {
     use super::super::super::testing::{DriverQueue, FakeInterrupt, memory};
     use super::*;
 
-    const LIMITS: Limits = Limits { capacity_sectors: 100, read_only: false };
+    const LIMITS: Limits = Limits { capacity_sectors: 100, block_sectors: 1, read_only: false };
 
     fn parse(readable: &[u8], writable: u32, limits: Limits) -> Result<Request, Status> {
         let memory = memory(0x10_0000);
@@ -232,6 +243,19 @@ mod tests {
         {
             assert_eq!(parse(&header(VIRTIO_BLK_T_IN, sector), writable, LIMITS), Err(Status::IoError), "{sector}");
         }
+    }
+
+    #[test]
+    fn transfers_come_in_whole_blocks() {
+        let limits = Limits { capacity_sectors: 96, block_sectors: 8, ..LIMITS };
+        let read = |sector, bytes: u32| parse(&header(VIRTIO_BLK_T_IN, sector), bytes + 1, limits);
+        assert_eq!(read(88, 4096), Ok(Request::Read { offset: 88 * 512, len: 4096 }));
+        for (sector, bytes) in [(0, 512), (8, 4608), (4, 4096), (92, 4096), (96, 4096)] {
+            assert_eq!(read(sector, bytes), Err(Status::IoError), "{sector} {bytes}");
+        }
+        let mut write = header(VIRTIO_BLK_T_OUT, 1);
+        write.extend([0; 4096]);
+        assert_eq!(parse(&write, 1, limits), Err(Status::IoError));
     }
 
     #[test]

@@ -25,14 +25,24 @@ struct Bench {
 }
 
 fn bench(try_uring: bool, read_only: bool, features: u64) -> Bench {
+    let image = image();
+    let disk = image.try_clone().unwrap();
+    bench_of(image, disk, try_uring, read_only, features)
+}
+
+fn image() -> File {
     let image = tempfile::tempfile().unwrap();
     image.set_len(SIZE).unwrap();
     image.write_all_at(&[0x11; 4096], 0).unwrap();
+    image
+}
+
+/// With `disk` being an image that `image` is a way into, too.
+fn bench_of(image: File, disk: File, try_uring: bool, read_only: bool, features: u64) -> Bench {
     let memory = memory(0x40_0000);
     let driver = DriverQueue::new(&memory, 0, QUEUE_SIZE);
     let interrupt = Arc::new(FakeInterrupt::default());
-    let mut block =
-        Block::with_engine("t", image.try_clone().unwrap(), read_only, Some("serial-7"), try_uring).unwrap();
+    let mut block = Block::with_engine("t", disk, read_only, Some("serial-7"), try_uring).unwrap();
     block.activate(activation(&memory, features, &interrupt, &[&driver])).unwrap();
     Bench { memory, driver, interrupt, block, image }
 }
@@ -327,4 +337,107 @@ fn each_queue_is_served_also_after_a_pause_and_the_driver_need_not_want_all() {
             }
         }
     }
+}
+
+/// Runs a test on both engines with a disk that goes past the page cache, where the file system of temporary files has that.
+fn on_each_engine_direct(test: impl Fn(Bench)) {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::OpenOptionsExt;
+    for try_uring in [false, true] {
+        let image = image();
+        let path = format!("/proc/self/fd/{}", image.as_raw_fd());
+        let opened = File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(path);
+        let disk = match opened {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                eprintln!("temporary files have no O_DIRECT here: nothing was tested");
+                return;
+            }
+            opened => opened.unwrap(),
+        };
+        test(bench_of(image, disk, try_uring, false, VIRTIO_BLK_F_FLUSH));
+    }
+}
+
+#[test]
+fn past_the_page_cache_any_memory_of_the_guest_will_do() {
+    on_each_engine_direct(|mut b| {
+        // As it should be, at an odd address, and in odd pieces.
+        b.fill(DATA, 0x8000, 0);
+        let whole = [(DATA, 4096_u32)];
+        let odd = [(DATA + 0x2001, 4096)];
+        let pieces = [(DATA + 0x4003, 100), (DATA + 0x5000, 3000), (DATA + 0x6007, 996)];
+        for (value, parts) in [(0xa1, &whole[..]), (0xa2, &odd), (0xa3, &pieces)] {
+            let chain = |writable| parts.iter().map(|(at, len)| (*at, *len, writable)).collect::<Vec<_>>();
+            for (at, len) in parts {
+                b.fill(*at, *len as usize, value);
+            }
+            assert_eq!(b.request(1, 16, &chain(false)), (OK, 1));
+            assert_eq!(b.request(4, 0, &[]), (OK, 1));
+            assert_eq!(b.host(8192, 4096), [value; 4096]);
+            for (at, len) in parts {
+                b.fill(*at, *len as usize, 0);
+            }
+            assert_eq!(b.request(0, 16, &chain(true)), (OK, 4097));
+            for (at, len) in parts {
+                assert_eq!(b.guest(*at, *len as usize), vec![value; *len as usize]);
+            }
+        }
+        // More than goes through the VMM's memory at a time.
+        b.fill(DATA + 1, 0x2_8000, 0xb4);
+        assert_eq!(b.request(1, 512, &[(DATA + 1, 0x2_8000, false)]), (OK, 1));
+        assert_eq!(b.host(512 * 512, 0x2_8000), vec![0xb4; 0x2_8000]);
+        assert_eq!(b.request(0, 512, &[(DATA + 0x10_0001, 0x2_8000, true)]), (OK, 0x2_8001));
+        assert_eq!(b.guest(DATA + 0x10_0001, 0x2_8000), vec![0xb4; 0x2_8000]);
+    });
+}
+
+#[test]
+fn past_the_page_cache_parts_of_blocks_are_errors_and_wedge_nothing() {
+    on_each_engine_direct(|mut b| {
+        let mut block = [0; 4];
+        b.block.read_config(20, &mut block);
+        let block = u64::from(u32::from_le_bytes(block));
+        assert!([512, 1024, 2048, 4096].contains(&block), "{block}");
+        assert_eq!(b.request(1, 0, &[(DATA, 100, false)]).0, IOERR);
+        if block > 512 {
+            assert_eq!(b.request(0, 1, &[(DATA, block as u32, true)]).0, IOERR);
+            assert_eq!(b.request(1, 0, &[(DATA, 512, false)]).0, IOERR);
+        }
+        // Zeroes are no transfer, and need no whole blocks where the host does not write them.
+        b.memory.write_obj(1_u64, GuestAddress(DATA)).unwrap();
+        b.memory.write_obj(1_u64, GuestAddress(DATA + 8)).unwrap();
+        b.request(13, 0, &[(DATA, 16, false)]);
+        b.image.set_len(8192 + 100).unwrap();
+        assert_eq!(b.request(0, 16, &[(DATA, 4096, true)]), (IOERR, 1));
+        assert_eq!(b.request(0, 16, &[(DATA + 1, 4096, true)]), (IOERR, 1));
+        assert_eq!(b.request(0, 32, &[(DATA + 1, 4096, true)]), (IOERR, 1));
+        assert_eq!(b.request(0, 8, &[(DATA, 4096, true)]), (OK, 4097));
+    });
+}
+
+#[test]
+fn a_file_that_grew_is_told_once_and_used_at_once() {
+    on_each_engine(|mut b| {
+        let told = |b: &Bench| *b.interrupt.configs.lock().unwrap();
+        assert_eq!((b.block.resize().unwrap(), told(&b)), (SIZE, 0), "as large as before");
+        assert_eq!(b.request(0, 2048, &[(DATA, 512, true)]).0, IOERR);
+        b.image.set_len(SIZE + 1024 + 100).unwrap();
+        assert_eq!(b.request(0, 2048, &[(DATA, 512, true)]).0, IOERR, "nobody has said so yet");
+        assert_eq!((b.block.resize().unwrap(), told(&b)), (SIZE + 1024, 1));
+        let mut capacity = [0; 8];
+        b.block.read_config(0, &mut capacity);
+        assert_eq!(u64::from_le_bytes(capacity), 2050);
+        assert_eq!(b.request(0, 2049, &[(DATA, 512, true)]), (OK, 513));
+        assert_eq!(b.request(0, 2050, &[(DATA, 512, true)]).0, IOERR);
+        // It does not shrink.
+        b.image.set_len(SIZE).unwrap();
+        let error = b.block.resize().unwrap_err().to_string();
+        assert!(error.contains("1048576") && error.contains("1049600"), "{error}");
+        assert_eq!(told(&b), 1);
+        assert_eq!(b.request(0, 2049, &[(DATA, 512, true)]), (IOERR, 1));
+        // Without a driver there is nobody to tell.
+        b.block.deactivate();
+        b.image.set_len(2 * SIZE).unwrap();
+        assert_eq!((b.block.resize().unwrap(), told(&b)), (2 * SIZE, 1));
+    });
 }

@@ -9,16 +9,16 @@ use super::worker::{Worker, status_of};
 pub(super) fn run(worker: &mut Worker) {
     loop {
         while let Some((chain, request)) = worker.next() {
+            let mut iovecs = request.iovecs(&chain);
+            let takes = !iovecs.is_empty() && worker.shared.disk.geometry().takes(&iovecs);
             match request {
-                Request::Read { offset, len } if len > 0 => {
-                    let mut iovecs = chain.writable_iovecs(0, len);
+                Request::Read { offset, len } if takes => {
                     // SAFETY: the chain keeps its memory mapped, and it is the guest's, whom the read may disturb.
                     let result = unsafe { worker.shared.disk.read(&mut iovecs, offset) };
                     let written = if result.is_ok() { len } else { 0 };
                     worker.finish(&chain, written, status_of(result));
                 }
-                Request::Write { offset, len } if len > 0 => {
-                    let mut iovecs = chain.readable_iovecs(Request::WRITE_DATA, len);
+                Request::Write { offset, .. } if takes => {
                     let durable = worker.write_through();
                     // SAFETY: the chain keeps its memory mapped.
                     let result = unsafe { worker.shared.disk.write(&mut iovecs, offset, durable) };

@@ -122,12 +122,12 @@ impl Engine {
     fn take_requests(&mut self, worker: &mut Worker) {
         while self.in_flight < MAX_IN_FLIGHT {
             let Some((chain, request)) = worker.next() else { return };
-            let (kind, iovecs, offset, len) = match request {
-                Request::Read { offset, len } if len > 0 => (Kind::Read, chain.writable_iovecs(0, len), offset, len),
-                Request::Write { offset, len } if len > 0 => {
-                    (Kind::Write, chain.readable_iovecs(Request::WRITE_DATA, len), offset, len)
-                }
-                Request::Flush => (Kind::Flush, Vec::new(), 0, 0),
+            let iovecs = request.iovecs(&chain);
+            let takes = !iovecs.is_empty() && worker.shared.disk.geometry().takes(&iovecs);
+            let (kind, offset, len) = match request {
+                Request::Read { offset, len } if takes => (Kind::Read, offset, len),
+                Request::Write { offset, len } if takes => (Kind::Write, offset, len),
+                Request::Flush => (Kind::Flush, 0, 0),
                 request => {
                     worker.perform(&chain, &request);
                     continue;

@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::super::queue::{Chain, VirtQueue};
 use super::disk::Disk;
-use super::request::{ID_BYTES, Limits, Request, Status};
+use super::request::{ID_BYTES, Limits, Request, SECTOR_BYTES, Status};
 use super::{threaded, uring};
 
 /// Room for the calls below plus what signal handlers take.
@@ -18,7 +18,7 @@ const STACK_BYTES: usize = 128 << 10;
 /// What the device and its worker both see.
 pub(super) struct Shared {
     pub(super) disk: Disk,
-    pub(super) limits: Limits,
+    pub(super) read_only: bool,
     pub(super) serial: [u8; ID_BYTES],
     /// Whether a write is complete only once it is on stable storage.
     pub(super) write_through: AtomicBool,
@@ -41,6 +41,19 @@ pub(super) struct Worker {
 pub(super) struct Running {
     threads: Vec<JoinHandle<Worker>>,
     shared: Arc<Shared>,
+}
+
+impl Shared {
+    /// What a request may touch as things stand.
+    fn limits(&self) -> Limits {
+        let geometry = self.disk.geometry();
+        let block = geometry.direct.map_or(SECTOR_BYTES, |_| u64::from(geometry.logical));
+        Limits {
+            capacity_sectors: self.disk.capacity_sectors(),
+            block_sectors: block / SECTOR_BYTES,
+            read_only: self.read_only,
+        }
+    }
 }
 
 impl Worker {
@@ -68,7 +81,7 @@ impl Worker {
                 self.queue.push(chain.head(), 0);
                 continue;
             }
-            match Request::parse(&chain, &self.shared.limits) {
+            match Request::parse(&chain, &self.shared.limits()) {
                 Ok(request) => return Some((chain, request)),
                 Err(status) => self.finish(&chain, 0, status),
             }
@@ -86,8 +99,16 @@ impl Worker {
             Request::Discard(ranges) => (0, ranges.iter().try_for_each(|range| disk.discard(*range))),
             Request::WriteZeroes(ranges) => (0, ranges.iter().try_for_each(|range| disk.write_zeroes(*range))),
             Request::Flush => (0, disk.flush()),
-            // The engines leave only empty transfers to this.
-            Request::Read { .. } | Request::Write { .. } => (0, Ok(())),
+            // The engines leave to this what is empty, and what the host does not take as the guest has it.
+            &Request::Read { offset, len } => {
+                let put = |at, data: &[u8]| _ = chain.write_at(at, data);
+                let result = disk.read_aside(offset, len, put);
+                (if result.is_ok() { len } else { 0 }, result)
+            }
+            &Request::Write { offset, len } => {
+                let get = |at, data: &mut [u8]| _ = chain.read_at(Request::WRITE_DATA + at, data);
+                (0, disk.write_aside(offset, len, self.write_through(), get))
+            }
         };
         let durable = match (&result, request) {
             (Ok(()), Request::WriteZeroes(_)) if self.write_through() => disk.flush(),

@@ -14,7 +14,7 @@ use crate::pci::config_space::{ConfigSpace, Identity};
 use crate::pci::msix::{self, Msix};
 use crate::pci::platform::Platform;
 use crate::pci::root::{Address, BAR_SIZE, PciFunction};
-use crate::virtio::device::{Activation, DeviceKind, GuestMemory, Interrupt, VirtioDevice};
+use crate::virtio::device::{Activation, DeviceKind, GuestMemory, Interrupt, ResizeError, VirtioDevice};
 use crate::virtio::queue::VirtQueue;
 
 /// Vendor of all virtio devices; modern device identifiers start at this number (section 4.1.2).
@@ -103,6 +103,15 @@ impl VirtioPci {
     #[must_use]
     pub fn device(&self) -> &dyn VirtioDevice {
         &*self.device
+    }
+
+    /// Has the device take over the size that its file has now; returns it in bytes.
+    ///
+    /// # Errors
+    ///
+    /// When it has none, or fewer bytes than before.
+    pub fn resize(&mut self) -> Result<u64, ResizeError> {
+        self.device.resize()
     }
 
     /// Lets the device finish what it does and leave guest memory alone. Only with all vCPUs stopped.

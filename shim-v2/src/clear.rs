@@ -24,7 +24,12 @@ const CGROUP_GRACE: Duration = Duration::from_secs(2);
 
 /// Clears up after a container's shim and returns what is to be printed.
 pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>, Trouble> {
-    let bundle = std::env::current_dir()?;
+    // By this name, since the directory itself may go meanwhile: containerd calls this beside an orderly end, too, and is the
+    // faster of the two on a busy host.
+    clear(Path::new("."), flags)
+}
+
+fn clear(bundle: &Path, flags: &Flags) -> Result<Vec<u8>, Trouble> {
     // Only the container that the shim was started for has its number: any other's end is not the pod's.
     if let Ok(number) = std::fs::read_to_string(bundle.join(launch::PID_FILE)) {
         end_shim(&number, &flags.id)?;
@@ -35,7 +40,7 @@ pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>, Trouble> {
             let _ = std::fs::remove_file(socket);
         }
         vm::sweep(&host)?;
-        let cgroup = spec::read(&bundle).ok().and_then(|spec| spec::cgroup(&spec));
+        let cgroup = spec::read(bundle).ok().and_then(|spec| spec::cgroup(&spec));
         if let Some(Ok(cgroup)) = cgroup.map(|path| Cgroup::at(&path)) {
             cgroup.remove_killed(CGROUP_GRACE);
         }
@@ -76,6 +81,13 @@ fn is_shim_of(pid: Pid, id: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bundle_that_is_gone_has_nothing_to_clear() {
+        let bundle = std::env::temp_dir().join("hull-no-such-bundle");
+        let answer = clear(&bundle, &Flags::default()).unwrap();
+        assert_eq!(DeleteResponse::parse_from_bytes(&answer).unwrap().exit_status, Exit::killed().code);
+    }
 
     #[test]
     fn a_number_that_is_another_process_by_now_is_left_alone() {

@@ -28,6 +28,9 @@ action=$1 source=$2 host=${3%/}
 [ -d "$host/" ] || fail "$host is no directory"
 config=$host${CONTAINERD_CONFIG:-/etc/containerd/config.toml}
 new=$config.hull-new
+# There from before the configuration changes until containerd has been restarted for it: whatever comes between, and a restart that
+# fails, is made up for by the next call.
+pending=$config.hull-restart
 trap 'rm -f "$new"' EXIT
 restart=${CONTAINERD_RESTART:-systemctl restart containerd}
 
@@ -84,7 +87,7 @@ block() {
 	echo "$END"
 }
 
-# set_config: puts the new configuration in the old one's place and restarts containerd, if it differs and containerd can read it.
+# set_config: puts the new configuration in the old one's place, if it differs and containerd can read it.
 set_config() {
 	if [ -e "$config" ] && cmp -s "$new" "$config"; then
 		return
@@ -92,14 +95,23 @@ set_config() {
 	if [ -s "$new" ]; then
 		in_host containerd --config "${new#"$host"}" config dump >/dev/null ||
 			fail "containerd does not take the new configuration; $config is as it was"
+		: >"$pending"
 		mv -f "$new" "$config"
 	else
+		: >"$pending"
 		rm -f "$config"
 	fi
 	echo "changed $config"
+}
+
+# restart_containerd: if it does not run with its configuration yet.
+restart_containerd() {
+	[ -e "$pending" ] || return 0
 	# Words are split: it is a command with arguments.
 	# shellcheck disable=SC2086
-	in_host $restart
+	in_host $restart || return 1
+	rm -f "$pending"
+	echo "restarted containerd"
 }
 
 install() {
@@ -137,15 +149,20 @@ install() {
 		rm -f "$host$SETTINGS"
 	fi
 	set_config
+	restart_containerd || fail "containerd was not restarted: \`$restart\` failed; the handler is not there yet"
 }
 
 remove() {
 	if [ -e "$config" ] && grep -qxF "$BEGIN" "$config"; then
 		cp -p "$config" "$new"
 		without_block "$config" >"$new"
-		# First, so that no pod is sent to a handler that is gone.
 		set_config
 	fi
+	# Before the files go, so that no pod is sent to a shim that is gone; but whether or not it succeeds, nobody comes after this to
+	# take them away.
+	restarted=yes
+	restart_containerd || restarted=no
+	rm -f "$pending"
 	for file in $FILES $LINK; do
 		rm -f "$host$PREFIX/$file"
 	done
@@ -155,6 +172,7 @@ remove() {
 	rm -f "$host$SETTINGS"
 	rmdir "$host${SETTINGS%/*}" "$host/etc/hull" 2>/dev/null || true
 	echo "removed"
+	[ $restarted = yes ] || fail "containerd was not restarted: \`$restart\` failed; it has the handler until it is"
 }
 
 case $action in

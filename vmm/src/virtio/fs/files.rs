@@ -76,6 +76,8 @@ impl State {
 
     pub(super) fn close(&mut self, node: u64, handle: u64) -> io::Result<()> {
         let slot = self.inodes.resolve(node)?;
+        self.handles.get(handle, slot)?;
+        self.release_locks(slot, handle);
         self.handles.remove(handle, slot)?;
         self.inodes.release(slot);
         Ok(())

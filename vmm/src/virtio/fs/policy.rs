@@ -38,6 +38,8 @@ impl Policy {
             | FsOptions::POSIX_ACL
             | FsOptions::MAX_PAGES
             | FsOptions::HANDLE_KILLPRIV_V2
+            | FsOptions::POSIX_LOCKS
+            | FsOptions::FLOCK_LOCKS
             | FsOptions::INIT_EXT;
         let read_ahead = FsOptions::DO_READDIRPLUS | FsOptions::READDIRPLUS_AUTO;
         let common_bits = common.bits() | SETXATTR_EXT;

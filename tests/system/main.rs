@@ -11,6 +11,7 @@ mod durability;
 mod exec;
 mod isolation;
 mod lifecycle;
+mod locks;
 mod memory;
 mod mounts;
 mod network;

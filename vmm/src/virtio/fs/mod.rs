@@ -154,6 +154,16 @@ impl Fs {
     }
 }
 
+impl Fs {
+    /// The share with the directories of this name, two levels below its root, known as nobody else's: locks on files in
+    /// them are left to the guest.
+    #[must_use]
+    pub fn with_private(self, name: Option<String>) -> Self {
+        self.share.state().private = name.map(String::into_bytes);
+        self
+    }
+}
+
 impl VirtioDevice for Fs {
     fn kind(&self) -> DeviceKind {
         DeviceKind::Fs

@@ -26,6 +26,8 @@ pub(super) struct State {
     pub(super) host: Host,
     pub(super) policy: Policy,
     pub(super) read_only: bool,
+    /// What directories two levels below the root are called that nobody else has.
+    pub(super) private: Option<Vec<u8>>,
     pub(super) inodes: Inodes,
     pub(super) handles: Handles,
     pub(super) locks: Locks,
@@ -73,6 +75,7 @@ impl State {
             host,
             policy,
             read_only,
+            private: None,
             inodes: Inodes::new(host, root, &stat, bounds.nodes, bounds.anchors),
             handles: Handles::new(bounds.handles),
             locks: Locks::new(host, wake, bounds.locks),

@@ -510,3 +510,19 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn locks_on_private_files_are_left_to_the_guest() {
+    let mut b = require!(bench());
+    b.fs.share.state().private = Some(b"rootfs".to_vec());
+    for (directory, private) in [("c/rootfs/etc", true), ("c/volumes/rootfs", false), ("rootfs/c/d", false)] {
+        fs::create_dir_all(b.path(directory)).unwrap();
+        fs::write(b.path(directory).join("f"), "").unwrap();
+        let node = directory.split('/').fold(ROOT, |node, name| b.lookup(node, name).unwrap());
+        let file = b.lookup(node, "f").unwrap();
+        let opened = b.ask(OPEN, file, &words(&[0, 0])).unwrap();
+        assert_eq!(u32_at(&opened, 8), u32::from(private) << 31, "{directory}");
+        let created = b.ask(CREATE, node, &named(words(&[libc::O_RDWR as u32, 0o644, 0, 0]), &["g"])).unwrap();
+        assert_eq!(u32_at(&created, 136), u32::from(private) << 31, "{directory}");
+    }
+}

@@ -48,7 +48,7 @@ use super::state::{State, errno};
 /// Requests that wait for a lock: a quarter of the queue, each an entry of it.
 pub(super) const MAX_WAITING: usize = super::REQUEST_SIZE as usize / 4;
 /// Stretches that are locked: each is memory of the host's kernel.
-const MAX_SEGMENTS: usize = 16_384;
+const MAX_SEGMENTS: usize = 4096;
 /// Interrupts that came before their requests, which another queue has: as many as the one for interrupts holds.
 const MAX_EARLY: usize = super::HIPRIO_SIZE as usize;
 /// How often who waits outside without a thread looks.
@@ -143,14 +143,14 @@ pub(super) struct Locks {
     ended: Vec<(Token, Request)>,
     waits: Waits,
     next_token: Token,
-    max_files: usize,
+    max_owners: usize,
     looked: Instant,
 }
 
 impl Locks {
-    /// No locks, of owners that have at most `max_files` descriptors. `wake` is made readable when [`State::look_at_locks`] is to be
+    /// No locks, of owners that have at most `max_owners` descriptors. `wake` is made readable when [`State::look_at_locks`] is to be
     /// called.
-    pub(super) fn new(host: Host, wake: Arc<EventFd>, max_files: usize) -> Self {
+    pub(super) fn new(host: Host, wake: Arc<EventFd>, max_owners: usize) -> Self {
         Self {
             files: HashMap::new(),
             waiting: Vec::new(),
@@ -159,7 +159,7 @@ impl Locks {
             ended: Vec::new(),
             waits: Waits::new(host, wake),
             next_token: 0,
-            max_files,
+            max_owners,
             looked: Instant::now(),
         }
     }
@@ -223,8 +223,9 @@ impl Locks {
         self.waits.count()
     }
 
-    fn count_files(&self) -> usize {
-        self.files.values().flatten().filter(|holder| holder.file.is_some()).count()
+    /// Those whose files are beside the handles.
+    fn count_owners(&self) -> usize {
+        self.files.values().flatten().filter(|holder| matches!(holder.owner, Owner::Bytes(_))).count()
     }
 
     /// Lets go of owners that hold nothing and wait for nothing.
@@ -394,9 +395,9 @@ impl State {
     }
 
     /// Gives up all that a process has locked of a file, of which it closes one descriptor; returns whether there was anything.
-    pub(super) fn flush_locks(&mut self, node: u64, owner: u64) -> io::Result<bool> {
-        let slot = self.inodes.resolve(node)?;
-        Ok(self.drop_holders(slot, |holder| holder.owner == Owner::Bytes(owner)))
+    pub(super) fn flush_locks(&mut self, node: u64, owner: u64) -> bool {
+        let Ok(slot) = self.inodes.resolve(node) else { return false };
+        self.drop_holders(slot, |holder| holder.owner == Owner::Bytes(owner))
     }
 
     /// Gives up what was locked through a handle that is about to go.
@@ -611,7 +612,7 @@ impl State {
 
     /// Sees to it that an owner has an open file that can be locked as it asks.
     fn open_for_locks(&mut self, request: &Request) -> io::Result<()> {
-        let (host, max) = (self.host, self.locks.max_files);
+        let (host, max) = (self.host, self.locks.max_owners);
         if let Some(holder) = self.locks.holder(request.node, request.owner) {
             let enough = match request.wanted.kind {
                 Kind::Shared => holder.access != libc::O_WRONLY,
@@ -621,10 +622,10 @@ impl State {
                 return Ok(());
             }
         }
-        if self.locks.count_files() >= max {
+        if self.locks.count_owners() >= max {
             self.locks.drop_idle();
         }
-        if self.locks.count_files() >= max {
+        if self.locks.count_owners() >= max {
             return Err(errno(libc::ENOLCK));
         }
         let handle = self.handles.get(request.handle, request.node)?;

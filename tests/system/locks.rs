@@ -24,7 +24,7 @@ def attempt(work, *args):
     except OSError as error:
         return error.errno
 def ofd(fd, kind): fcntl.fcntl(fd, 37, struct.pack('hhqqi4x', kind, 0, 0, 0, 0))
-f = open('/v/f', 'r+b', buffering=0).fileno()
+f = os.open('/v/f', os.O_RDWR)
 ";
 
 /// A directory of the host with a file `f` in it.

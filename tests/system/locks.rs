@@ -194,7 +194,7 @@ fcntl.lockf(f, LOCK_EX); fcntl.flock(f, LOCK_EX); say('had'); hear()
     holder.output.read_line(&mut pid).unwrap();
     let mut waiter = Program::start(&other, wait);
     waiter.expect("(11, 11)");
-    one.exec(["kill", "-9", pid.trim()]).run().ok();
+    one.exec(["sh", "-c", &format!("kill -9 {pid}")]).run().ok();
     waiter.expect("had");
     assert!(!host_can_lock(&file) && !host_can_flock(&file));
     holder.end();

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Each share has a thread of its own, alive from `activate` or `resume` to `deactivate` or `pause`, which alone touches
-//! the host's files, but for [threads that wait](locks) for what somebody else has locked; a paused share has no thread and its queues
+//! the host's files, but for threads that wait for what somebody else has locked; a paused share has no thread and its queues
 //! rest with the device. The one lock is that on the share's state.
 //!
 //! **The guest cannot leave the root.** It names files by a node that it was told of and a name in it, never by a path;
@@ -16,7 +16,7 @@
 //! **What it may hold.** Open files: half of the process's limit of descriptors, which is raised to its maximum
 //! ([`Fs::new`]). Known files: one per KiB of guest memory, no more than a guest has room for itself; they take no
 //! descriptor but for the 4,096 used last (less where the limit is low), which a sweep every ten seconds
-//! gives back, and those removed while in use.
+//! gives back, and those removed while in use. Owners of locks: 4,096 at most, each with a descriptor.
 
 mod credentials;
 mod directories;

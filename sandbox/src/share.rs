@@ -190,9 +190,12 @@ pub struct Share {
 /// The tree's place in a sandbox's directory.
 pub(crate) const DIR: &str = "shared";
 
+/// What a container's root is called in the tree, in the container's directory.
+pub(crate) const ROOT: &str = "rootfs";
+
 /// Where a container's root is in the tree.
 pub(crate) fn root_in(tree: &Path, container: &str) -> PathBuf {
-    tree.join(container).join("rootfs")
+    tree.join(container).join(ROOT)
 }
 
 impl Share {

@@ -253,6 +253,7 @@ fn share_of(caching: Caching) -> ShareConfig {
             Caching::Auto => CachePolicy::Auto,
             Caching::Always => CachePolicy::Always,
         },
+        private: Some(crate::share::ROOT.to_owned()),
     }
 }
 

@@ -12,6 +12,7 @@ mod durability;
 mod exec;
 mod isolation;
 mod lifecycle;
+mod locks;
 mod memory;
 mod mounts;
 mod network;

@@ -115,6 +115,8 @@ pub struct ShareSettings {
     pub read_only: bool,
     /// What the guest may cache.
     pub cache: CachePolicy,
+    /// Name of directories two levels below the root that nobody else has.
+    pub private: Option<String>,
 }
 
 /// Persistent memory.
@@ -228,7 +230,8 @@ impl Opener {
         }
         let options = File::options().read(true).custom_flags(libc::O_DIRECTORY).clone();
         let root = self.open(&format!("{field}.root"), share.root, &options)?;
-        Ok(ShareSettings { id: share.id, root, tag: share.tag, read_only: share.read_only, cache: share.cache })
+        let ShareConfig { id, tag, read_only, cache, private, .. } = share;
+        Ok(ShareSettings { id, root, tag, read_only, cache, private })
     }
 
     fn pmem(&mut self, field: &str, pmem: PmemConfig) -> Result<PmemSettings, ConfigError> {

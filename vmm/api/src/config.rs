@@ -151,6 +151,9 @@ pub struct ShareConfig {
     /// What the guest may cache.
     #[serde(default)]
     pub cache: CachePolicy,
+    /// What directories two levels below the root are called that nobody else has: locks on files in them are the guest's own affair.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub private: Option<String>,
 }
 
 /// What a guest may cache of a share.

@@ -61,6 +61,7 @@ const ALLOWED: [&[libc::c_long]; 6] = [
     &[
         libc::SYS_close,
         libc::SYS_dup,
+        libc::SYS_dup3,
         libc::SYS_epoll_create1,
         libc::SYS_epoll_ctl,
         libc::SYS_epoll_pwait,

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -75,6 +75,12 @@ impl DriverQueue {
         queue.try_set_avail_ring_address(GuestAddress(self.available_ring())).unwrap();
         queue.try_set_used_ring_address(GuestAddress(self.used_ring())).unwrap();
         queue.set_ready(true);
+        VirtQueue::new(index, queue, self.memory.clone(), self.kick.clone(), interrupt).unwrap()
+    }
+
+    /// The device's end of it in a copy of a VM that was saved.
+    pub(crate) fn restored_end(&self, index: u16, interrupt: Arc<dyn Interrupt>, state: &QueueState) -> VirtQueue {
+        let queue = Queue::try_from(*state).unwrap();
         VirtQueue::new(index, queue, self.memory.clone(), self.kick.clone(), interrupt).unwrap()
     }
 

@@ -177,9 +177,9 @@ pub(super) fn disk(disk: DiskSettings, cpus: u8) -> Result<Box<dyn VirtioDevice>
 
 /// Makes a share.
 pub(super) fn share(share: ShareSettings) -> Result<Box<dyn VirtioDevice>, MachineError> {
-    let ShareSettings { id, root, tag, read_only, cache } = share;
+    let ShareSettings { id, root, tag, read_only, cache, private } = share;
     match Fs::new(&id, root, &tag, read_only, cache) {
-        Ok(fs) => Ok(Box::new(fs)),
+        Ok(fs) => Ok(Box::new(fs.with_private(private))),
         Err(error) => Err(MachineError::Device { id, why: error.to_string() }),
     }
 }

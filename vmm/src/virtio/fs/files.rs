@@ -12,6 +12,7 @@ use fuse_backend_rs::api::filesystem::{
 use super::handles::Handle;
 use super::host::Stat;
 use super::inodes::Slot;
+use super::policy::LOCAL_LOCKS;
 use super::state::{State, errno};
 
 /// What of a guest's `open` flags reaches the host. Not `O_DIRECT`, for which guest memory is not aligned: such a file
@@ -71,11 +72,14 @@ impl State {
         let slot = handle.node;
         let number = self.handles.add(handle)?;
         self.inodes.hold(slot);
-        Ok((number, self.policy.file))
+        let private = self.private.as_ref().is_some_and(|name| self.inodes.is_below(slot, name));
+        Ok((number, if private { self.policy.file.union(LOCAL_LOCKS) } else { self.policy.file }))
     }
 
     pub(super) fn close(&mut self, node: u64, handle: u64) -> io::Result<()> {
         let slot = self.inodes.resolve(node)?;
+        self.handles.get(handle, slot)?;
+        self.release_locks(slot, handle);
         self.handles.remove(handle, slot)?;
         self.inodes.release(slot);
         Ok(())

@@ -10,6 +10,8 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
+use super::locks::ranges::{Kind, Range, Segment};
+
 const EMPTY: &CStr = c"";
 /// This process's `/proc/self/fd`.
 static DESCRIPTORS: OnceLock<OwnedFd> = OnceLock::new();
@@ -251,6 +253,55 @@ impl Host {
         }
     }
 
+    /// Takes, converts or gives up (`None`) an open file's lock on a stretch of bytes (`F_OFD_SETLK`). Does not wait.
+    pub(super) fn lock(self, file: &File, range: Range, kind: Option<Kind>) -> io::Result<()> {
+        let lock = record(range, kind);
+        // SAFETY: the kernel reads one structure.
+        check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })
+    }
+
+    /// Waits until the lock can be had, and takes it, or until a signal comes.
+    pub(super) fn wait_for_lock(self, fd: RawFd, range: Range, kind: Kind) -> io::Result<()> {
+        let lock = record(range, Some(kind));
+        // SAFETY: the kernel reads one structure.
+        check(unsafe { libc::fcntl(fd, libc::F_OFD_SETLKW, &raw const lock) })
+    }
+
+    /// Somebody's lock that keeps an open file from having one; `None` if nobody's does.
+    pub(super) fn find_lock(self, file: &File, range: Range, kind: Kind) -> io::Result<Option<Segment>> {
+        let mut lock = record(range, Some(kind));
+        // SAFETY: the kernel reads and writes one structure.
+        check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) })?;
+        let kind = match i32::from(lock.l_type) {
+            libc::F_RDLCK => Kind::Shared,
+            libc::F_WRLCK => Kind::Exclusive,
+            _ => return Ok(None),
+        };
+        let start = lock.l_start as u64;
+        let end = match lock.l_len {
+            0 => Range::ALL.end(),
+            len => start.saturating_add(len as u64 - 1),
+        };
+        Ok(Some(Segment { range: Range::new(start, end).unwrap_or(Range::ALL), kind }))
+    }
+
+    /// Takes, converts or gives up (`None`) an open file's lock on the file as a whole (`flock`).
+    pub(super) fn lock_whole(self, fd: RawFd, kind: Option<Kind>, wait: bool) -> io::Result<()> {
+        let operation = match kind {
+            None => libc::LOCK_UN,
+            Some(Kind::Shared) => libc::LOCK_SH,
+            Some(Kind::Exclusive) => libc::LOCK_EX,
+        };
+        // SAFETY: no pointers.
+        check(unsafe { libc::flock(fd, operation | if wait { 0 } else { libc::LOCK_NB }) })
+    }
+
+    /// Lets the number `fd` stand for nothing that can be locked. Who waits in a call with it goes on to.
+    pub(super) fn blunt(self, fd: RawFd) -> io::Result<()> {
+        // SAFETY: no pointers. The caller owns `fd`.
+        check(unsafe { libc::dup3(self.descriptors, fd, libc::O_CLOEXEC) })
+    }
+
     pub(super) fn copy_range(self, from: (&File, i64), to: (&File, i64), len: usize) -> io::Result<usize> {
         let (mut from_offset, mut to_offset) = (from.1, to.1);
         // SAFETY: the kernel updates two integers.
@@ -307,6 +358,21 @@ impl Host {
         // SAFETY: terminated strings.
         check(unsafe { libc::removexattr(path.as_ptr(), name.as_ptr()) })
     }
+}
+
+fn record(range: Range, kind: Option<Kind>) -> libc::flock64 {
+    // SAFETY: all zeroes is a value of this structure of integers.
+    let mut lock: libc::flock64 = unsafe { std::mem::zeroed() };
+    lock.l_type = match kind {
+        None => libc::F_UNLCK,
+        Some(Kind::Shared) => libc::F_RDLCK,
+        Some(Kind::Exclusive) => libc::F_WRLCK,
+    } as i16;
+    lock.l_whence = libc::SEEK_SET as i16;
+    lock.l_start = range.start() as i64;
+    // No length goes to the end of all files.
+    lock.l_len = if range.end() == Range::ALL.end() { 0 } else { (range.end() - range.start() + 1) as i64 };
+    lock
 }
 
 fn statx(dir: RawFd, name: &CStr, flags: i32) -> io::Result<Stat> {

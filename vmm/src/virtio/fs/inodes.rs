@@ -179,6 +179,20 @@ impl Inodes {
         self.entries.get(slot.0 as usize).and_then(|entry| entry.node.as_ref()).ok_or_else(stale)
     }
 
+    /// Whether a node is in a directory of this name two levels below the root.
+    pub(super) fn is_below(&self, mut slot: Slot, name: &[u8]) -> bool {
+        let mut below: &[u8] = b"";
+        for _ in 0..MAX_DEPTH {
+            let Some((parent, own)) = self.node(slot).ok().and_then(Node::place) else { break };
+            if parent == ROOT {
+                return below == name;
+            }
+            below = own.to_bytes();
+            slot = parent;
+        }
+        false
+    }
+
     fn node_mut(&mut self, slot: Slot) -> io::Result<&mut Node> {
         self.entries.get_mut(slot.0 as usize).and_then(|entry| entry.node.as_mut()).ok_or_else(stale)
     }

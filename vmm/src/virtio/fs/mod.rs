@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Each share has a thread of its own, alive from `activate` or `resume` to `deactivate` or `pause`, which alone touches
-//! the host's files; a paused share has no thread and its queues rest with the device. The one lock is that on the
-//! share's state.
+//! the host's files, but for threads that wait for what somebody else has locked; a paused share has no thread and its queues
+//! rest with the device. The one lock is that on the share's state.
 //!
 //! **The guest cannot leave the root.** It names files by a node that it was told of and a name in it, never by a path;
 //! `.`, `..` and names with a slash are refused; symbolic links are the guest's to follow; every name is opened with
@@ -16,7 +16,7 @@
 //! **What it may hold.** Open files: half of the process's limit of descriptors, which is raised to its maximum
 //! ([`Fs::new`]). Known files: one per KiB of guest memory, no more than a guest has room for itself; they take no
 //! descriptor but for the 4,096 used last (less where the limit is low), which a sweep every ten seconds
-//! gives back, and those removed while in use.
+//! gives back, and those removed while in use. Owners of locks: 4,096 at most, each with a descriptor.
 
 mod credentials;
 mod directories;
@@ -25,6 +25,7 @@ mod files;
 mod handles;
 mod host;
 mod inodes;
+mod locks;
 mod names;
 mod policy;
 mod session;
@@ -70,6 +71,8 @@ const LEAST_NODES: u64 = 65_536;
 const MOST_SAVED_NODES: usize = 4 << 20;
 /// Descriptors that stand for known files, at most: each pins an inode of the host.
 const MOST_ANCHORS: u64 = 4096;
+/// Descriptors of owners of locks, at most.
+const MOST_OWNERS: u64 = 4096;
 /// Handles that any share may have, however low the limit of descriptors.
 const LEAST_HANDLES: u64 = 256;
 
@@ -133,18 +136,31 @@ impl Fs {
         let bounds = Bounds {
             nodes: MOST_SAVED_NODES,
             anchors: (descriptors / 8).min(MOST_ANCHORS) as usize,
+            locks: (descriptors / 8).min(MOST_OWNERS) as usize,
             handles: (descriptors / 2).clamp(LEAST_HANDLES, u64::from(u32::MAX)) as usize,
         };
-        let state = State::new(host, root, Policy::new(cache), read_only, &bounds).map_err(FsError::Root)?;
+        let control = Arc::new(Control::new().map_err(FsError::EventFd)?);
+        let rules = (Policy::new(cache), read_only);
+        let state = State::new(host, root, rules, &bounds, control.wake.clone()).map_err(FsError::Root)?;
         let share = Arc::new(Share::new(state));
         Ok(Self {
             name: format!("fs-{id}"),
             config,
             session: Arc::new(Session::new(share.clone(), read_only)),
             share,
-            control: Arc::new(Control::new().map_err(FsError::EventFd)?),
+            control,
             run: Run::Inactive,
         })
+    }
+}
+
+impl Fs {
+    /// The share with the directories of this name, two levels below its root, known as nobody else's: locks on files in
+    /// them are left to the guest.
+    #[must_use]
+    pub fn with_private(self, name: Option<String>) -> Self {
+        self.share.state().private = name.map(String::into_bytes);
+        self
     }
 }
 

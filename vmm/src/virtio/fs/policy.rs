@@ -9,6 +9,10 @@ use hull_vmm_api::config::CachePolicy;
 pub(super) const SETXATTR_EXT: u64 = 1 << 29;
 /// `FUSE_DIRECT_IO_ALLOW_MMAP`, which fuse-backend-rs does not name either: files that bypass the page cache can be mapped shared.
 const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
+/// Of an open file, beyond the protocol: its locks are the guest's own affair (guest-kernel-config/patches/0009).
+pub(super) const LOCAL_LOCKS: OpenOptions =
+    // SAFETY: any bits are a value of this type; it asks for care only.
+    unsafe { OpenOptions::from_bits_unchecked(1 << 31) };
 /// "Without limit": longer than any VM lives.
 const FOREVER: Duration = Duration::from_secs(10 * 365 * 86_400);
 
@@ -38,6 +42,8 @@ impl Policy {
             | FsOptions::POSIX_ACL
             | FsOptions::MAX_PAGES
             | FsOptions::HANDLE_KILLPRIV_V2
+            | FsOptions::POSIX_LOCKS
+            | FsOptions::FLOCK_LOCKS
             | FsOptions::INIT_EXT;
         let read_ahead = FsOptions::DO_READDIRPLUS | FsOptions::READDIRPLUS_AUTO;
         let common_bits = common.bits() | SETXATTR_EXT;

@@ -1,6 +1,6 @@
 //! One FUSE request from the queue to its answer (virtio 1.3, section 5.11.6).
 //!
-//! Most requests go to the server of fuse-backend-rs. Kept from it are those it does not know (`FUSE_TMPFILE`,
+//! Most requests go to the server of fuse-backend-rs. Kept from it are those about [locks](super::locks), which may wait, those it does not know (`FUSE_TMPFILE`,
 //! `FUSE_COPY_FILE_RANGE`, `FUSE_SYNCFS`, `FUSE_STATX`), those whose newer form it does not know (`FUSE_INIT`, `FUSE_SETXATTR`), those that
 //! change something if the share is read-only, and those that do not parse, which it may leave without an answer.
 
@@ -14,6 +14,7 @@ use vm_memory::{ByteValued, GuestMemoryMmap};
 
 use super::super::queue::RawChain;
 use super::extensions;
+use super::locks::{Answer, requests};
 use super::share::Share;
 use super::state::errno;
 
@@ -40,6 +41,8 @@ enum Way {
     /// Changes something: what a read-only share refuses.
     Change,
     ChangeExtension,
+    /// About locks: may have to wait.
+    Lock,
     Unknown,
 }
 
@@ -68,7 +71,6 @@ fn way(opcode: u32) -> Way {
         O::Readdirplus,
         O::Releasedir,
         O::Fsyncdir,
-        O::Interrupt,
         O::Destroy,
         O::Lseek,
     ];
@@ -92,6 +94,7 @@ fn way(opcode: u32) -> Way {
         _ if among(&changes) => Way::Change,
         FUSE_TMPFILE => Way::ChangeExtension,
         _ if among(&[O::Setxattr, O::CopyFileRange]) => Way::ChangeExtension,
+        _ if among(&[O::Getlk, O::Setlk, O::Setlkw, O::Interrupt]) => Way::Lock,
         FUSE_SYNCFS | FUSE_STATX => Way::Extension,
         _ if is(opcode, O::Init) => Way::Extension,
         _ => Way::Unknown,
@@ -107,15 +110,16 @@ impl Session {
         &self.share
     }
 
-    /// Serves the request in `chain`; returns how many bytes the answer has.
-    pub(super) fn serve(&self, memory: &GuestMemoryMmap, chain: RawChain) -> u32 {
+    /// Serves the request in `chain`, from the queue of that index; returns how many bytes the answer has. `None` if it waits for a lock:
+    /// [`Locks`](super::locks::Locks) has the answer later.
+    pub(super) fn serve(&self, memory: &GuestMemoryMmap, queue: u16, chain: RawChain) -> Option<u32> {
         let (Ok(reader), Ok(writer)) =
-            (Reader::from_descriptor_chain(memory, chain.clone()), VirtioFsWriter::new(memory, chain))
+            (Reader::from_descriptor_chain(memory, chain.clone()), VirtioFsWriter::new(memory, chain.clone()))
         else {
-            return 0;
+            return Some(0);
         };
         let mut peek = reader.clone();
-        let Ok(header) = peek.read_obj::<InHeader>() else { return 0 };
+        let Ok(header) = peek.read_obj::<InHeader>() else { return Some(0) };
         let answered = !matches!(header.opcode, FORGET | BATCH_FORGET | INTERRUPT);
         let available = peek.available_bytes() + size_of::<InHeader>();
         let whole =
@@ -125,6 +129,13 @@ impl Session {
             Way::Unknown if !whole => Err(errno(libc::EINVAL)),
             Way::Unknown => Err(errno(libc::ENOSYS)),
             Way::Change | Way::ChangeExtension if self.read_only => Err(errno(libc::EROFS)),
+            Way::Lock => {
+                match requests::serve(&self.share, &header, peek, || waiting_answer(queue, &chain, header.unique)) {
+                    None => return None,
+                    Some(result) => result
+                        .and_then(|body| if answered { answer(writer.clone(), &header, Ok(&body)) } else { Ok(0) }),
+                }
+            }
             Way::Extension | Way::ChangeExtension => extensions::serve(&self.share, &header, peek)
                 .and_then(|body| answer(writer.clone(), &header, Ok(&body))),
             Way::Server | Way::Change => self
@@ -139,13 +150,29 @@ impl Session {
             Err(error) if answered => answer(writer, &header, Err(error)).unwrap_or(0),
             Err(_) => 0,
         };
-        u32::try_from(written).unwrap_or(0)
+        Some(u32::try_from(written).unwrap_or(0))
     }
 }
 
 const FORGET: u32 = Opcode::Forget as u32;
 const BATCH_FORGET: u32 = Opcode::BatchForget as u32;
 const INTERRUPT: u32 = Opcode::Interrupt as u32;
+
+/// Where the answer to a request goes that waits: a header's length of what the device may write.
+fn waiting_answer(queue: u16, chain: &RawChain, unique: u64) -> Answer {
+    let (mut room, mut left) = (Vec::new(), size_of::<OutHeader>() as u32);
+    for descriptor in chain.clone().writable() {
+        let len = descriptor.len().min(left);
+        if len > 0 {
+            room.push((descriptor.addr().0, len));
+        }
+        left -= len;
+        if left == 0 {
+            break;
+        }
+    }
+    Answer { queue, head: chain.head_index(), unique, room }
+}
 
 /// Writes an answer: a header, and a body or an error.
 fn answer(mut writer: VirtioFsWriter<'_>, request: &InHeader, body: io::Result<&[u8]>) -> io::Result<usize> {
@@ -175,8 +202,11 @@ mod tests {
         for opcode in [21, 47, FUSE_TMPFILE] {
             assert_eq!(way(opcode), Way::ChangeExtension, "{opcode}");
         }
-        // DAX mappings, locks, ioctls and what the future brings.
-        for opcode in [0, 7, 19, 31, 32, 33, 34, 37, 39, 40, 41, 48, 49, 53, 4096, u32::MAX] {
+        // DAX mappings, ioctls and what the future brings.
+        for opcode in [31, 32, 33, 36] {
+            assert_eq!(way(opcode), Way::Lock, "{opcode}");
+        }
+        for opcode in [0, 7, 19, 34, 37, 39, 40, 41, 48, 49, 53, 4096, u32::MAX] {
             assert_eq!(way(opcode), Way::Unknown, "{opcode}");
         }
     }

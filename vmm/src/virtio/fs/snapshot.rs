@@ -5,15 +5,16 @@
 //!
 //! The form, all integers little-endian: version, features (u64), number of nodes (u32), for each its slot, generation,
 //! type, parent's slot or all ones (u32), lookups (u64), name (u16 length, bytes); number of handles (u32), for each its number (u64),
-//! node's slot and flags (u32).
+//! node's slot and flags (u32); and the [locks](super::locks::snapshot).
 
 use std::ffi::CString;
 
 use super::handles::Handle;
 use super::inodes::{ROOT, Slot};
+use super::locks::snapshot::SavedLocks;
 use super::state::State;
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const NOWHERE: u32 = u32::MAX;
 
 /// A handle to open again once its node is found.
@@ -46,6 +47,7 @@ impl State {
             put(&mut out, handle.node.0);
             put(&mut out, handle.flags as u32);
         }
+        self.locks.save(&mut out);
         out
     }
 
@@ -81,6 +83,7 @@ impl State {
             self.inodes.node(handle.node).ok()?;
             self.saved_handles.push(handle);
         }
+        self.saved_locks = SavedLocks::parse(&mut input)?;
         self.restored = true;
         input.0.is_empty().then_some(())
     }
@@ -107,7 +110,7 @@ impl State {
 }
 
 /// Bytes taken from the front.
-struct Input<'a>(&'a [u8]);
+pub(super) struct Input<'a>(&'a [u8]);
 
 impl<'a> Input<'a> {
     fn take(&mut self, len: usize) -> Option<&'a [u8]> {
@@ -120,11 +123,11 @@ impl<'a> Input<'a> {
         Some(u16::from_le_bytes(self.take(2)?.try_into().ok()?))
     }
 
-    fn u32(&mut self) -> Option<u32> {
+    pub(super) fn u32(&mut self) -> Option<u32> {
         Some(u32::from_le_bytes(self.take(4)?.try_into().ok()?))
     }
 
-    fn u64(&mut self) -> Option<u64> {
+    pub(super) fn u64(&mut self) -> Option<u64> {
         Some(u64::from_le_bytes(self.take(8)?.try_into().ok()?))
     }
 }

@@ -4,13 +4,17 @@ use std::collections::HashMap;
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use fuse_backend_rs::api::filesystem::{Context, Entry};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::credentials::Credentials;
 use super::handles::Handles;
 use super::host::{Host, Stat};
 use super::inodes::{Inodes, Slot};
+use super::locks::Locks;
+use super::locks::snapshot::SavedLocks;
 use super::policy::Policy;
 use super::snapshot::SavedHandle;
 
@@ -22,8 +26,11 @@ pub(super) struct State {
     pub(super) host: Host,
     pub(super) policy: Policy,
     pub(super) read_only: bool,
+    /// What directories two levels below the root are called that nobody else has.
+    pub(super) private: Option<Vec<u8>>,
     pub(super) inodes: Inodes,
     pub(super) handles: Handles,
+    pub(super) locks: Locks,
     /// Features that `FUSE_INIT` agreed on.
     pub(super) features: u64,
     /// The devices met, each with a small number of its own; the root's is 0.
@@ -35,6 +42,8 @@ pub(super) struct State {
     pub(super) restored: bool,
     /// Handles to open again.
     pub(super) saved_handles: Vec<SavedHandle>,
+    /// Locks to take again.
+    pub(super) saved_locks: SavedLocks,
 }
 
 /// How much a share may hold.
@@ -45,10 +54,19 @@ pub(super) struct Bounds {
     pub(super) anchors: usize,
     /// Files that the guest has open.
     pub(super) handles: usize,
+    /// Descriptors of owners of locks.
+    pub(super) locks: usize,
 }
 
 impl State {
-    pub(super) fn new(host: Host, root: OwnedFd, policy: Policy, read_only: bool, bounds: &Bounds) -> io::Result<Self> {
+    /// Wakes the thread by `wake`.
+    pub(super) fn new(
+        host: Host,
+        root: OwnedFd,
+        (policy, read_only): (Policy, bool),
+        bounds: &Bounds,
+        wake: Arc<EventFd>,
+    ) -> io::Result<Self> {
         let stat = host.stat(root.as_raw_fd())?;
         if stat.file_type() != libc::S_IFDIR {
             return Err(io::ErrorKind::NotADirectory.into());
@@ -57,14 +75,17 @@ impl State {
             host,
             policy,
             read_only,
+            private: None,
             inodes: Inodes::new(host, root, &stat, bounds.nodes, bounds.anchors),
             handles: Handles::new(bounds.handles),
+            locks: Locks::new(host, wake, bounds.locks),
             features: 0,
             devices: HashMap::from([(stat.attr.st_dev, 0)]),
             credentials: None,
             buffer: Vec::new(),
             restored: false,
             saved_handles: Vec::new(),
+            saved_locks: SavedLocks::default(),
         })
     }
 
@@ -75,12 +96,14 @@ impl State {
         if std::mem::take(&mut self.restored) {
             self.inodes.adopt();
             self.reopen_saved();
+            self.lock_saved();
         }
         Ok(())
     }
 
     /// The session is over: the guest knows nothing any more.
     pub(super) fn clear(&mut self) {
+        self.locks.clear();
         self.handles.clear();
         self.inodes.clear();
         self.buffer = Vec::new();

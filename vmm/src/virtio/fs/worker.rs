@@ -20,6 +20,8 @@ const STACK_BYTES: usize = 128 << 10;
 const BATCH: usize = 8;
 /// An answer of this size is worth its own interrupt: the next may take as long as it did.
 const LARGE_ANSWER: u32 = 64 << 10;
+/// The queue for requests of high priority.
+const HIPRIO: usize = 0;
 /// Requests from one queue before the others are looked at.
 const TURN: u64 = 64;
 /// How often what was not used since the last time is given back.
@@ -29,7 +31,7 @@ const SWEEP_EVERY: Duration = Duration::from_secs(10);
 pub(super) struct Control {
     pub(super) completed: AtomicU64,
     stopping: AtomicBool,
-    wake: EventFd,
+    pub(super) wake: Arc<EventFd>,
 }
 
 /// The owner of the active queues: first the one for requests of high priority, then those for all others.
@@ -48,7 +50,7 @@ pub(super) struct Running {
 impl Control {
     pub(super) fn new() -> io::Result<Self> {
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        Ok(Self { completed: AtomicU64::new(0), stopping: AtomicBool::new(false), wake })
+        Ok(Self { completed: AtomicU64::new(0), stopping: AtomicBool::new(false), wake: Arc::new(wake) })
     }
 }
 
@@ -80,6 +82,7 @@ impl Worker {
         let mut swept = Instant::now();
         loop {
             ready.retain(|index| self.take_turn(*index));
+            let look_within = self.look_at_locks();
             if self.control.stopping.load(Ordering::Acquire) {
                 return Ok(());
             }
@@ -92,6 +95,10 @@ impl Worker {
                 (false, _) => 0,
                 (true, true) => SWEEP_EVERY.as_millis() as i32,
                 (true, false) => -1,
+            };
+            let limit = match look_within {
+                Some(within) if limit < 0 || limit > within => within,
+                _ => limit,
             };
             let count = match epoll.wait(limit, &mut events) {
                 Ok(count) => count,
@@ -107,6 +114,24 @@ impl Worker {
         }
     }
 
+    /// Answers those whose waiting is over; returns in how many milliseconds to look again, if that takes no event.
+    fn look_at_locks(&mut self) -> Option<i32> {
+        let (waited, within) = {
+            let mut state = self.session.share().state();
+            state.look_at_locks();
+            let memory = self.queues.first()?.memory();
+            (state.locks.take_answers(memory), state.locks.look_within())
+        };
+        self.control.completed.fetch_add(waited.len() as u64, Ordering::Relaxed);
+        for (index, head, written) in waited {
+            if let Some(queue) = self.queues.get_mut(usize::from(index)) {
+                queue.push(head, written);
+                queue.notify();
+            }
+        }
+        within.map(|within| within.as_millis() as i32)
+    }
+
     fn fail(&mut self, error: &io::Error) {
         for queue in &mut self.queues {
             queue.fail(&format!("the share's thread cannot wait: {error}"));
@@ -117,7 +142,7 @@ impl Worker {
     fn watch(&self) -> io::Result<Epoll> {
         let epoll = Epoll::new()?;
         let kicks = self.queues.iter().map(VirtQueue::kick);
-        for (index, fd) in (0..).zip(kicks.chain([&self.control.wake])) {
+        for (index, fd) in (0..).zip(kicks.chain([&*self.control.wake])) {
             let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, index);
             epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)?;
         }
@@ -133,9 +158,15 @@ impl Worker {
             if served == TURN || self.control.stopping.load(Ordering::Acquire) {
                 break true;
             }
-            let Some(chain) = queue.pop_raw() else { break false };
+            let Some(chain) = queue.pop_raw() else {
+                if index != HIPRIO {
+                    self.session.share().state().locks.forget_early();
+                }
+                break false;
+            };
             let head = chain.head_index();
-            let written = self.session.serve(&memory, chain);
+            // Else it waits for a lock.
+            let Some(written) = self.session.serve(&memory, index as u16, chain) else { continue };
             queue.push(head, written);
             served += 1;
             held_back += 1;

@@ -95,7 +95,10 @@ fn who_only_looks_whether_a_layer_is_there_keeps_nobody_from_unpacking_it() {
     looks.lock_shared().unwrap();
     let (loaded, image) = mpsc::channel();
     let store = bench.store.clone();
-    std::thread::spawn(move || loaded.send(store.load(&source, None).unwrap()));
+    std::thread::spawn(move || {
+        let image = store.load(&source, None).unwrap();
+        loaded.send(image).unwrap();
+    });
     let image: Image = image.recv_timeout(Duration::from_secs(60)).expect("it waits for who looks");
     assert!(image.layers()[0].join("a").exists());
 }

@@ -1,7 +1,8 @@
-//! A program that takes a process's output: `binary:///path?key=value`.
+//! A program that takes a process's output: `binary:///path?key=value`, or `binary-v2:`.
 //!
 //! It is started with the words of the query as arguments and three descriptors: 3 and 4 are the reading ends of standard output
-//! and error, and 5 is what it closes once it reads.
+//! and error, and 5 is what it closes once it reads. In the second version it writes a byte there before: without one, closing may as
+//! well be its death.
 
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::OwnedFd;
@@ -17,8 +18,32 @@ use tokio::process::Command;
 /// How long the program may take until it reads.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How the program says that it reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Version {
+    /// By closing descriptor 5.
+    One,
+    /// By a byte.
+    Two,
+}
+
+/// The version of a program that a stream's URI names, and the rest of the URI; `None` of other streams.
+pub(super) fn version(uri: &str) -> Option<(Version, &str)> {
+    let (scheme, rest) = uri.split_once("://")?;
+    match scheme {
+        "binary" => Some((Version::One, rest)),
+        "binary-v2" => Some((Version::Two, rest)),
+        _ => None,
+    }
+}
+
 /// Starts the program behind `uri` (without its scheme) and returns the writing ends of output and error.
-pub(super) async fn start(uri: &str, namespace: &str, id: &str) -> Result<(pipe::Sender, pipe::Sender)> {
+pub(super) async fn start(
+    version: Version,
+    uri: &str,
+    namespace: &str,
+    id: &str,
+) -> Result<(pipe::Sender, pipe::Sender)> {
     let (path, arguments) =
         parse(uri).ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the URI names no program"))?;
     let (stdout_read, stdout) = std::io::pipe()?;
@@ -40,10 +65,18 @@ pub(super) async fn start(uri: &str, namespace: &str, id: &str) -> Result<(pipe:
     // It holds the program's ends, and with them open here no pipe would ever end.
     drop(command);
     let mut ready = pipe::Receiver::from_owned_fd(ready.into())?;
-    let answered = tokio::time::timeout(READY_TIMEOUT, ready.read(&mut [0])).await;
-    if answered.is_err() {
-        child.start_kill()?;
-        return Err(Error::new(ErrorKind::TimedOut, "the program does not say that it reads"));
+    let why_not = match tokio::time::timeout(READY_TIMEOUT, ready.read(&mut [0])).await {
+        Ok(Ok(0)) if version == Version::Two => {
+            Some(Error::new(ErrorKind::BrokenPipe, "the program has ended, or closed descriptor 5, before it said that it reads"))
+        }
+        Ok(Ok(_)) => None,
+        Ok(Err(error)) => Some(error),
+        Err(_) => Some(Error::new(ErrorKind::TimedOut, "the program does not say that it reads")),
+    };
+    if let Some(error) = why_not {
+        // Gone already, it may be.
+        let _ = child.kill().await;
+        return Err(error);
     }
     // The program ends with its input; somebody has to wait for it.
     tokio::spawn(async move { child.wait().await });
@@ -86,6 +119,7 @@ pub(super) fn decode(text: &str, in_query: bool) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::path::{Path, PathBuf};
 
     use proptest::prelude::*;
     use tokio::io::AsyncWriteExt;
@@ -102,16 +136,36 @@ mod tests {
         }
     }
 
+    fn program(dir: &Path, script: &str) -> PathBuf {
+        let program = dir.join("log.sh");
+        std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o700)).unwrap();
+        program
+    }
+
+    #[tokio::test]
+    async fn in_the_second_version_only_a_byte_says_that_the_program_reads() {
+        let dir = tempfile::tempdir().unwrap();
+        for (script, versions) in [
+            ("exit 1", &[Version::One][..]),
+            ("exec 5>&-; cat <&3", &[Version::One]),
+            ("printf x >&5; exec 5>&-; cat <&3", &[Version::One, Version::Two]),
+        ] {
+            for version in [Version::One, Version::Two] {
+                let started = start(version, &program(dir.path(), script).display().to_string(), "ns", "c").await;
+                assert_eq!(started.is_ok(), versions.contains(&version), "{script} {version:?}: {started:?}");
+            }
+        }
+    }
+
     #[tokio::test]
     async fn the_program_gets_the_output_and_the_names() {
         let dir = tempfile::tempdir().unwrap();
-        let (program, log) = (dir.path().join("log.sh"), dir.path().join("log"));
-        let script =
-            "#!/bin/sh\nexec 5>&-\n{ echo \"$CONTAINER_NAMESPACE/$CONTAINER_ID\"; cat <&3; cat <&4; } >\"$1\"\n";
-        std::fs::write(&program, script).unwrap();
-        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o700)).unwrap();
+        let log = dir.path().join("log");
+        let script = "exec 5>&-\n{ echo \"$CONTAINER_NAMESPACE/$CONTAINER_ID\"; cat <&3; cat <&4; } >\"$1\"";
+        let program = program(dir.path(), script);
         let uri = format!("{}?{}", program.display(), log.display());
-        let (mut stdout, mut stderr) = start(&uri, "ns", "c").await.unwrap();
+        let (mut stdout, mut stderr) = start(Version::One, &uri, "ns", "c").await.unwrap();
         stdout.write_all(b"out\n").await.unwrap();
         stderr.write_all(b"err\n").await.unwrap();
         drop((stdout, stderr));

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream as StdStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -73,9 +74,9 @@ impl Stdio {
                 ),
             }),
         };
-        if let Some(uri) = self.stdout.strip_prefix("binary://") {
+        if let Some((version, uri)) = binary::version(&self.stdout) {
             // One program for both, whatever is said of standard error.
-            let (stdout, stderr) = binary::start(uri, namespace, id).await.map_err(failed(&self.stdout))?;
+            let (stdout, stderr) = binary::start(version, uri, namespace, id).await.map_err(failed(&self.stdout))?;
             return Ok(Ends { stdin, stdout: Sink::Fifo(stdout), stderr: Sink::Fifo(stderr), names });
         }
         let mut open = |target: &str| match streaming_id(target)? {
@@ -136,10 +137,10 @@ impl Sink {
             None if target.is_empty() => return Ok(Self::Nowhere),
             None => open_fifo(target),
             Some(("fifo", path)) => open_fifo(path),
-            Some(("file", path)) => File::options().append(true).create(true).open(path).map(Self::File),
+            Some(("file", path)) => open_log(Path::new(path)).map(Self::File),
             Some((scheme, _)) => {
                 return Err(Error::Unsupported(format!(
-                    "streams to {scheme}:// are not supported; use a FIFO, file://, binary:// or streaming"
+                    "streams to {scheme}:// are not supported; use a FIFO, file://, binary://, binary-v2:// or streaming"
                 )));
             }
         };
@@ -157,6 +158,14 @@ impl Sink {
             }
         }
     }
+}
+
+/// Its directories are made too, as by runc's shim.
+fn open_log(path: &Path) -> std::io::Result<File> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    File::options().append(true).create(true).open(path)
 }
 
 fn open_fifo(path: &str) -> std::io::Result<Sink> {

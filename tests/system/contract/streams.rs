@@ -74,7 +74,7 @@ fn streams_file_is_made_and_added_to() {
     run(async {
         let (shim, _) = Shim::shared().await;
         for text in ["one\n", "one\none\n"] {
-            let out = shim.dir.join("file.out");
+            let out = shim.dir.join("made/too/file.out");
             let request = CreateTaskRequest {
                 stdout: format!("file://{}", out.display()),
                 ..create("file", &shim.bundle("file", &["/bin/sh", "-c", "echo one"]))
@@ -93,18 +93,30 @@ fn streams_binary_gets_both_outputs_its_arguments_and_the_names() {
     run(async {
         let (shim, _) = Shim::shared().await;
         let (program, log) = (shim.dir.join("log it"), shim.dir.join("binary.log"));
-        let script = "#!/bin/sh\nexec 5>&-\n\
-                      { echo \"$CONTAINER_NAMESPACE/$CONTAINER_ID $2\"; cat <&3; cat <&4; echo end; } >\"$1\"\n";
-        std::fs::write(&program, script).unwrap();
-        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o700)).unwrap();
-        let uri = format!("binary://{}?{}=a+word", program.display().to_string().replace(' ', "%20"), log.display());
+        let program_at = program.display().to_string().replace(' ', "%20");
+        let uri = |scheme: &str| format!("{scheme}://{program_at}?{}=a+word", log.display());
         let bundle = shim.bundle("binary", &["/bin/sh", "-c", "echo out; echo err >&2"]);
-        let request = CreateTaskRequest { stdout: uri.clone(), stderr: uri, ..create("binary", &bundle) };
-        shim.tasks().create(patience(), &request).await.unwrap();
-        shim.start_task("binary", "").await.unwrap();
-        shim.wait_task("binary", "").await;
-        shim.delete_task("binary", "").await.unwrap();
-        says(&log, "tests/binary a word\nout\nerr\nend\n");
+        let request =
+            |uri: String| CreateTaskRequest { stdout: uri.clone(), stderr: uri, ..create("binary", &bundle) };
+        for (scheme, ready) in [("binary", ""), ("binary-v2", "printf r >&5; ")] {
+            let script = format!(
+                "#!/bin/sh\n{ready}exec 5>&-\n\
+                 {{ echo \"$CONTAINER_NAMESPACE/$CONTAINER_ID $2\"; cat <&3; cat <&4; echo end; }} >\"$1\"\n"
+            );
+            std::fs::write(&program, script).unwrap();
+            std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o700)).unwrap();
+            shim.tasks().create(patience(), &request(uri(scheme))).await.unwrap();
+            shim.start_task("binary", "").await.unwrap();
+            shim.wait_task("binary", "").await;
+            shim.delete_task("binary", "").await.unwrap();
+            says(&log, "tests/binary a word\nout\nerr\nend\n");
+            std::fs::remove_file(&log).unwrap();
+        }
+        // Of the second version, one that dies before it reads is no logger.
+        std::fs::write(&program, "#!/bin/sh\nexit 1\n").unwrap();
+        let (code, message) = refused(shim.tasks().create(patience(), &request(uri("binary-v2"))).await);
+        assert_eq!(code, Code::FAILED_PRECONDITION, "{message}");
+        assert!(message.contains("before it said that it reads"), "{message}");
 
         let missing = CreateTaskRequest { stdout: "binary:///no/such/logger".into(), ..create("binary", &bundle) };
         let (code, message) = refused(shim.tasks().create(patience(), &missing).await);

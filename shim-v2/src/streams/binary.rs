@@ -66,9 +66,10 @@ pub(super) async fn start(
     drop(command);
     let mut ready = pipe::Receiver::from_owned_fd(ready.into())?;
     let why_not = match tokio::time::timeout(READY_TIMEOUT, ready.read(&mut [0])).await {
-        Ok(Ok(0)) if version == Version::Two => {
-            Some(Error::new(ErrorKind::BrokenPipe, "the program has ended, or closed descriptor 5, before it said that it reads"))
-        }
+        Ok(Ok(0)) if version == Version::Two => Some(Error::new(
+            ErrorKind::BrokenPipe,
+            "the program has ended, or closed descriptor 5, before it said that it reads",
+        )),
         Ok(Ok(_)) => None,
         Ok(Err(error)) => Some(error),
         Err(_) => Some(Error::new(ErrorKind::TimedOut, "the program does not say that it reads")),

@@ -96,8 +96,7 @@ fn streams_binary_gets_both_outputs_its_arguments_and_the_names() {
         let program_at = program.display().to_string().replace(' ', "%20");
         let uri = |scheme: &str| format!("{scheme}://{program_at}?{}=a+word", log.display());
         let bundle = shim.bundle("binary", &["/bin/sh", "-c", "echo out; echo err >&2"]);
-        let request =
-            |uri: String| CreateTaskRequest { stdout: uri.clone(), stderr: uri, ..create("binary", &bundle) };
+        let request = |uri: String| CreateTaskRequest { stdout: uri.clone(), stderr: uri, ..create("binary", &bundle) };
         for (scheme, ready) in [("binary", ""), ("binary-v2", "printf r >&5; ")] {
             let script = format!(
                 "#!/bin/sh\n{ready}exec 5>&-\n\

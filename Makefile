@@ -101,6 +101,7 @@ test: ## run every test
 .PHONY: test-programs
 test-programs: packages
 	$(CARGO) test --workspace --locked --no-run
+	$(CARGO) test --locked -p hull-tests --test system --no-run
 
 .PHONY: bench
 bench: ready ## measure in the counted lab; writes build/bench.json

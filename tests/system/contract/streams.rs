@@ -114,7 +114,7 @@ fn streams_binary_gets_both_outputs_its_arguments_and_the_names() {
         // Of the second version, one that dies before it reads is no logger.
         std::fs::write(&program, "#!/bin/sh\nexit 1\n").unwrap();
         let (code, message) = refused(shim.tasks().create(patience(), &request(uri("binary-v2"))).await);
-        assert_eq!(code, Code::FAILED_PRECONDITION, "{message}");
+        assert_eq!(code, Code::INTERNAL, "{message}");
         assert!(message.contains("before it said that it reads"), "{message}");
 
         let missing = CreateTaskRequest { stdout: "binary:///no/such/logger".into(), ..create("binary", &bundle) };

@@ -1,6 +1,6 @@
 //! Volumes that the kubelet writes and programs watch: ConfigMaps, Secrets, projected volumes, the downward API.
 //!
-//! A guest's inotify tells nothing of what changes on the host. So the guest has these small, read-only volumes in memory of its
+//! Not every host can tell what changes in a share. So the guest has these small, read-only volumes in memory of its
 //! own, the shim watches them on the host, and the guest makes each change itself, where its watchers see it.
 
 use std::ffi::OsStr;

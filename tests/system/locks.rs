@@ -1,15 +1,15 @@
 //! Locks on files of a volume: between guests, and between a guest and the host's programs.
 
 use std::fs::{self, File, TryLockError};
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Child, ChildStdin, ChildStdout};
 use std::time::{Duration, Instant};
 
 use fixture::{Detached, debian, wait_gone};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustix::fs::FlockOperation;
+
+use crate::dialogue::Program;
 
 /// What all programs begin with. `ofd` is a lock of an open file description, which Python has no function for.
 const PRELUDE: &str = "
@@ -42,37 +42,9 @@ fn container(dir: &tempfile::TempDir) -> Detached {
     Detached::start(["--memory", "256", "-v", &volume, &debian(), "sleep", "1000"])
 }
 
-/// A program in a container that one can talk to.
-struct Program {
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
-}
-
-impl Program {
-    fn start(container: &Detached, program: &str) -> Self {
-        let program = format!("{PRELUDE}{program}");
-        let exec = fixture::Hull::new(["exec", "-i", &container.id, "python3", "-c", &program]);
-        let mut child = exec.spawn();
-        let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        Self { child, input, output }
-    }
-
-    fn say(&mut self, line: &str) {
-        writeln!(self.input, "{line}").unwrap();
-    }
-
-    #[track_caller]
-    fn expect(&mut self, line: &str) {
-        let mut said = String::new();
-        self.output.read_line(&mut said).unwrap();
-        assert_eq!(said.trim_end(), line);
-    }
-
-    fn end(mut self) {
-        drop(self.input);
-        self.child.wait().unwrap();
-    }
+/// Runs a program in a container.
+fn start(container: &Detached, program: &str) -> Program {
+    Program::start(container, &format!("{PRELUDE}{program}"))
 }
 
 /// Whether the host can have the whole file by fcntl, and then has not.
@@ -104,7 +76,7 @@ fn eventually(what: impl Fn() -> bool) {
 fn the_host_and_a_guest_keep_each_other_out() {
     let (dir, file) = volume();
     let guest = container(&dir);
-    let mut program = Program::start(
+    let mut program = start(
         &guest,
         "
 fcntl.lockf(f, LOCK_EX, 5, 10); fcntl.flock(f, LOCK_SH); say('locked'); hear()
@@ -131,7 +103,7 @@ fn who_waits_goes_on_when_the_other_unlocks() {
     let guest = container(&dir);
     file.lock().unwrap();
     let mut program =
-        Program::start(&guest, "say('waits'); fcntl.flock(f, LOCK_EX); say('had'); hear(); fcntl.flock(f, LOCK_UN)");
+        start(&guest, "say('waits'); fcntl.flock(f, LOCK_EX); say('had'); hear(); fcntl.flock(f, LOCK_UN)");
     program.expect("waits");
     let started = Instant::now();
     std::thread::sleep(Duration::from_millis(500));
@@ -171,7 +143,7 @@ say('waits')
 fcntl.lockf(f, LOCK_EX)
 say('had')
 ";
-    let mut program = Program::start(&guest, program);
+    let mut program = start(&guest, program);
     program.expect("interrupted");
     program.expect("waits");
     std::thread::sleep(Duration::from_secs(1));
@@ -189,10 +161,9 @@ fn locks_go_with_who_has_them() {
 say((attempt(fcntl.lockf, f, LOCK_EX | LOCK_NB), attempt(fcntl.flock, f, LOCK_EX | LOCK_NB)))
 fcntl.lockf(f, LOCK_EX); fcntl.flock(f, LOCK_EX); say('had'); hear()
 ";
-    let mut holder = Program::start(&one, lock);
-    let mut pid = String::new();
-    holder.output.read_line(&mut pid).unwrap();
-    let mut waiter = Program::start(&other, wait);
+    let mut holder = start(&one, lock);
+    let pid = holder.hear();
+    let mut waiter = start(&other, wait);
     waiter.expect("(11, 11)");
     one.exec(["sh", "-c", &format!("kill -9 {pid}")]).run().ok();
     waiter.expect("had");
@@ -205,8 +176,8 @@ fcntl.lockf(f, LOCK_EX); fcntl.flock(f, LOCK_EX); say('had'); hear()
     eventually(|| host_can_lock(&file) && host_can_flock(&file));
     waiter.end();
     // The container.
-    let mut holder = Program::start(&one, lock);
-    holder.output.read_line(&mut pid).unwrap();
+    let mut holder = start(&one, lock);
+    holder.hear();
     assert!(!host_can_lock(&file) && !host_can_flock(&file));
     drop(one);
     eventually(|| host_can_lock(&file) && host_can_flock(&file));
@@ -217,7 +188,7 @@ fcntl.lockf(f, LOCK_EX); fcntl.flock(f, LOCK_EX); say('had'); hear()
 fn a_process_loses_its_locks_with_any_file_it_closes_and_an_open_file_does_not() {
     let (dir, file) = volume();
     let guest = container(&dir);
-    let mut program = Program::start(
+    let mut program = start(
         &guest,
         "
 os.close(os.open('/v/f', os.O_RDONLY))
@@ -252,7 +223,7 @@ os.close(copy); say('gone'); hear()
 fn a_circle_of_waits_in_a_guest_is_refused() {
     let (dir, _) = volume();
     let guest = container(&dir);
-    let mut program = Program::start(
+    let mut program = start(
         &guest,
         "
 fcntl.lockf(f, LOCK_EX, 1, 0)
@@ -292,7 +263,7 @@ for i in range({TURNS}):
 say('done'); hear()
 "
     );
-    let mut programs = containers.each_ref().map(|container| Program::start(container, &counting));
+    let mut programs = containers.each_ref().map(|container| start(container, &counting));
     for program in &mut programs {
         program.say("");
     }

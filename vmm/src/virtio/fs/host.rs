@@ -114,6 +114,64 @@ impl Host {
         unsafe { libc::malloc_trim(0) };
     }
 
+    /// A fanotify(7) group that needs no privilege: for single files, which it names by their handles. Reading from it does not block.
+    pub(super) fn new_watch_group(self) -> io::Result<File> {
+        let flags = libc::FAN_CLASS_NOTIF
+            | libc::FAN_CLOEXEC
+            | libc::FAN_NONBLOCK
+            | libc::FAN_REPORT_FID
+            | libc::FAN_REPORT_DIR_FID
+            | libc::FAN_REPORT_NAME;
+        // SAFETY: no pointers.
+        owned(unsafe { libc::fanotify_init(flags, 0) }).map(File::from)
+    }
+
+    /// Changes what the group is told of the file that `fd` stands for: `change` is `FAN_MARK_ADD` or `FAN_MARK_REMOVE`.
+    pub(super) fn watch(self, group: RawFd, fd: RawFd, change: libc::c_uint, mask: u64) -> io::Result<()> {
+        let name = FdName::new(fd);
+        // SAFETY: a terminated string.
+        check(unsafe { libc::fanotify_mark(group, change, mask, self.descriptors, name.as_ptr()) })
+    }
+
+    /// Has the group told of nothing.
+    pub(super) fn unwatch_all(self, group: RawFd) {
+        // SAFETY: no path; it can only fail for arguments that are wrong.
+        unsafe { libc::fanotify_mark(group, libc::FAN_MARK_FLUSH, 0, libc::AT_FDCWD, std::ptr::null()) };
+    }
+
+    /// What fanotify(7) calls the file that `fd` stands for: the number of its file system, the length, type and bytes of its handle.
+    pub(super) fn file_id(self, fd: RawFd) -> io::Result<Vec<u8>> {
+        const NUMBER: usize = size_of::<libc::fsid_t>();
+        const HEADER: usize = size_of::<libc::file_handle>();
+        const LONGEST: usize = 128;
+        #[repr(C, align(8))]
+        struct Handle([u8; HEADER + LONGEST]);
+        let mut handle = Handle([0; HEADER + LONGEST]);
+        handle.0[..4].copy_from_slice(&(LONGEST as u32).to_ne_bytes());
+        let mut mount = 0;
+        let mut get = |flags| {
+            // SAFETY: a terminated string; the handle is as long as it says.
+            check(unsafe {
+                libc::name_to_handle_at(fd, EMPTY.as_ptr(), (&raw mut handle).cast(), &raw mut mount, flags)
+            })
+        };
+        // Handles that are good for comparing only (Linux 6.5) are had of more file systems.
+        match get(libc::AT_EMPTY_PATH | libc::AT_HANDLE_FID) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => get(libc::AT_EMPTY_PATH)?,
+            result => result?,
+        }
+        // SAFETY: all zeroes is a value of this structure of integers, which the kernel fills in.
+        let stat = unsafe {
+            let mut stat: libc::statfs64 = std::mem::zeroed();
+            check(libc::fstatfs64(fd, &raw mut stat))?;
+            stat
+        };
+        // SAFETY: an array of integers by another name.
+        let number: [u8; NUMBER] = unsafe { std::mem::transmute(stat.f_fsid) };
+        let len = u32::from_ne_bytes([handle.0[0], handle.0[1], handle.0[2], handle.0[3]]) as usize;
+        Ok([&number[..], &handle.0[..HEADER + len.min(LONGEST)]].concat())
+    }
+
     pub(super) fn stat(self, fd: RawFd) -> io::Result<Stat> {
         statx(fd, EMPTY, libc::AT_EMPTY_PATH)
     }

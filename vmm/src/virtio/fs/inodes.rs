@@ -445,7 +445,13 @@ impl Inodes {
         self.hand = 0;
     }
 
-    fn evict(&mut self, slot: Slot) {
+    /// Whether there is a descriptor for a node.
+    pub(super) fn is_anchored(&self, slot: Slot) -> bool {
+        self.node(slot).is_ok_and(|node| node.anchor.is_some())
+    }
+
+    /// Drops a node's anchor if the file is found without.
+    pub(super) fn evict(&mut self, slot: Slot) {
         let Ok(node) = self.node(slot) else { return };
         let (Some(anchor), Some((parent, name))) = (&node.anchor, node.place()) else { return };
         // The last chance to learn whether the place is still right, and the time of birth.

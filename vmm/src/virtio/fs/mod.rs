@@ -16,7 +16,7 @@
 //! **What it may hold.** Open files: half of the process's limit of descriptors, which is raised to its maximum
 //! ([`Fs::new`]). Known files: one per KiB of guest memory, no more than a guest has room for itself; they take no
 //! descriptor but for the 4,096 used last (less where the limit is low), which a sweep every ten seconds
-//! gives back, and those removed while in use. Owners of locks: 4,096 at most, each with a descriptor.
+//! gives back, and those removed while in use. Owners of locks: 4,096 at most, each with a descriptor. Watched files: 16,384.
 
 mod credentials;
 mod directories;
@@ -33,6 +33,8 @@ mod share;
 mod snapshot;
 mod state;
 mod statx;
+mod waiting;
+mod watches;
 mod worker;
 
 use std::io;

@@ -1,6 +1,6 @@
 //! One FUSE request from the queue to its answer (virtio 1.3, section 5.11.6).
 //!
-//! Most requests go to the server of fuse-backend-rs. Kept from it are those about [locks](super::locks), which may wait, those it does not know (`FUSE_TMPFILE`,
+//! Most requests go to the server of fuse-backend-rs. Kept from it are those about [locks](super::locks) and [watches](super::watches), which may wait, those it does not know (`FUSE_TMPFILE`,
 //! `FUSE_COPY_FILE_RANGE`, `FUSE_SYNCFS`, `FUSE_STATX`), those whose newer form it does not know (`FUSE_INIT`, `FUSE_SETXATTR`), those that
 //! change something if the share is read-only, and those that do not parse, which it may leave without an answer.
 
@@ -14,9 +14,11 @@ use vm_memory::{ByteValued, GuestMemoryMmap};
 
 use super::super::queue::RawChain;
 use super::extensions;
-use super::locks::{Answer, requests};
+use super::locks::requests;
 use super::share::Share;
 use super::state::errno;
+use super::waiting::{Answer, HEADER_BYTES};
+use super::watches::{self, FUSE_WATCH, FUSE_WATCH_EVENTS};
 
 /// Opcodes that fuse-backend-rs does not name.
 pub(super) const FUSE_SYNCFS: u32 = 50;
@@ -43,6 +45,8 @@ enum Way {
     ChangeExtension,
     /// About locks: may have to wait.
     Lock,
+    /// About watches: may have to wait.
+    Watch,
     Unknown,
 }
 
@@ -96,6 +100,7 @@ fn way(opcode: u32) -> Way {
         _ if among(&[O::Setxattr, O::CopyFileRange]) => Way::ChangeExtension,
         _ if among(&[O::Getlk, O::Setlk, O::Setlkw, O::Interrupt]) => Way::Lock,
         FUSE_SYNCFS | FUSE_STATX => Way::Extension,
+        FUSE_WATCH | FUSE_WATCH_EVENTS => Way::Watch,
         _ if is(opcode, O::Init) => Way::Extension,
         _ => Way::Unknown,
     }
@@ -110,8 +115,8 @@ impl Session {
         &self.share
     }
 
-    /// Serves the request in `chain`, from the queue of that index; returns how many bytes the answer has. `None` if it waits for a lock:
-    /// [`Locks`](super::locks::Locks) has the answer later.
+    /// Serves the request in `chain`, from the queue of that index; returns how many bytes the answer has. `None` if it waits:
+    /// [`Locks`](super::locks::Locks) or [`Watches`](super::watches::Watches) have the answer later.
     pub(super) fn serve(&self, memory: &GuestMemoryMmap, queue: u16, chain: RawChain) -> Option<u32> {
         let (Ok(reader), Ok(writer)) =
             (Reader::from_descriptor_chain(memory, chain.clone()), VirtioFsWriter::new(memory, chain.clone()))
@@ -129,8 +134,14 @@ impl Session {
             Way::Unknown if !whole => Err(errno(libc::EINVAL)),
             Way::Unknown => Err(errno(libc::ENOSYS)),
             Way::Change | Way::ChangeExtension if self.read_only => Err(errno(libc::EROFS)),
-            Way::Lock => {
-                match requests::serve(&self.share, &header, peek, || waiting_answer(queue, &chain, header.unique)) {
+            Way::Lock | Way::Watch => {
+                let later = |most| Answer::new(queue, &chain, header.unique, most);
+                let result = if way == Way::Lock {
+                    requests::serve(&self.share, &header, peek, || later(HEADER_BYTES))
+                } else {
+                    watches::serve(&self.share, &header, peek, later)
+                };
+                match result {
                     None => return None,
                     Some(result) => result
                         .and_then(|body| if answered { answer(writer.clone(), &header, Ok(&body)) } else { Ok(0) }),
@@ -157,22 +168,6 @@ impl Session {
 const FORGET: u32 = Opcode::Forget as u32;
 const BATCH_FORGET: u32 = Opcode::BatchForget as u32;
 const INTERRUPT: u32 = Opcode::Interrupt as u32;
-
-/// Where the answer to a request goes that waits: a header's length of what the device may write.
-fn waiting_answer(queue: u16, chain: &RawChain, unique: u64) -> Answer {
-    let (mut room, mut left) = (Vec::new(), size_of::<OutHeader>() as u32);
-    for descriptor in chain.clone().writable() {
-        let len = descriptor.len().min(left);
-        if len > 0 {
-            room.push((descriptor.addr().0, len));
-        }
-        left -= len;
-        if left == 0 {
-            break;
-        }
-    }
-    Answer { queue, head: chain.head_index(), unique, room }
-}
 
 /// Writes an answer: a header, and a body or an error.
 fn answer(mut writer: VirtioFsWriter<'_>, request: &InHeader, body: io::Result<&[u8]>) -> io::Result<usize> {
@@ -205,6 +200,9 @@ mod tests {
         // DAX mappings, ioctls and what the future brings.
         for opcode in [31, 32, 33, 36] {
             assert_eq!(way(opcode), Way::Lock, "{opcode}");
+        }
+        for opcode in [3000, 3001] {
+            assert_eq!(way(opcode), Way::Watch, "{opcode}");
         }
         for opcode in [0, 7, 19, 34, 37, 39, 40, 41, 48, 49, 53, 4096, u32::MAX] {
             assert_eq!(way(opcode), Way::Unknown, "{opcode}");

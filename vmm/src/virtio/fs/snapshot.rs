@@ -5,7 +5,7 @@
 //!
 //! The form, all integers little-endian: version, features (u64), number of nodes (u32), for each its slot, generation,
 //! type, parent's slot or all ones (u32), lookups (u64), name (u16 length, bytes); number of handles (u32), for each its number (u64),
-//! node's slot and flags (u32); and the [locks](super::locks::snapshot).
+//! node's slot and flags (u32); the [locks](super::locks::snapshot); and the [watches](super::watches::snapshot).
 
 use std::ffi::CString;
 
@@ -13,8 +13,9 @@ use super::handles::Handle;
 use super::inodes::{ROOT, Slot};
 use super::locks::snapshot::SavedLocks;
 use super::state::State;
+use super::watches::snapshot::SavedWatches;
 
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const NOWHERE: u32 = u32::MAX;
 
 /// A handle to open again once its node is found.
@@ -48,6 +49,7 @@ impl State {
             put(&mut out, handle.flags as u32);
         }
         self.locks.save(&mut out);
+        self.watches.save(&mut out);
         out
     }
 
@@ -84,6 +86,7 @@ impl State {
             self.saved_handles.push(handle);
         }
         self.saved_locks = SavedLocks::parse(&mut input)?;
+        self.saved_watches = SavedWatches::parse(&mut input)?;
         self.restored = true;
         input.0.is_empty().then_some(())
     }

@@ -17,6 +17,8 @@ use super::locks::Locks;
 use super::locks::snapshot::SavedLocks;
 use super::policy::Policy;
 use super::snapshot::SavedHandle;
+use super::watches::Watches;
+use super::watches::snapshot::SavedWatches;
 
 /// Bits of an inode number that a file system is left with; those above tell devices apart.
 const INODE_BITS: u32 = 48;
@@ -31,6 +33,7 @@ pub(super) struct State {
     pub(super) inodes: Inodes,
     pub(super) handles: Handles,
     pub(super) locks: Locks,
+    pub(super) watches: Watches,
     /// Features that `FUSE_INIT` agreed on.
     pub(super) features: u64,
     /// The devices met, each with a small number of its own; the root's is 0.
@@ -44,6 +47,8 @@ pub(super) struct State {
     pub(super) saved_handles: Vec<SavedHandle>,
     /// Locks to take again.
     pub(super) saved_locks: SavedLocks,
+    /// Files to watch again.
+    pub(super) saved_watches: SavedWatches,
 }
 
 /// How much a share may hold.
@@ -79,6 +84,7 @@ impl State {
             inodes: Inodes::new(host, root, &stat, bounds.nodes, bounds.anchors),
             handles: Handles::new(bounds.handles),
             locks: Locks::new(host, wake, bounds.locks),
+            watches: Watches::new(host),
             features: 0,
             devices: HashMap::from([(stat.attr.st_dev, 0)]),
             credentials: None,
@@ -86,6 +92,7 @@ impl State {
             restored: false,
             saved_handles: Vec::new(),
             saved_locks: SavedLocks::default(),
+            saved_watches: SavedWatches::default(),
         })
     }
 
@@ -97,6 +104,7 @@ impl State {
             self.inodes.adopt();
             self.reopen_saved();
             self.lock_saved();
+            self.watch_saved();
         }
         Ok(())
     }
@@ -104,6 +112,7 @@ impl State {
     /// The session is over: the guest knows nothing any more.
     pub(super) fn clear(&mut self) {
         self.locks.clear();
+        self.watches.clear();
         self.handles.clear();
         self.inodes.clear();
         self.buffer = Vec::new();
@@ -120,6 +129,7 @@ impl State {
 
     /// Gives back what was not used since the last call; returns whether there may be something for the next one.
     pub(super) fn sweep(&mut self) -> bool {
+        self.sweep_watches();
         if self.inodes.sweep() {
             return true;
         }

@@ -1,7 +1,7 @@
 //! The thread that serves a share's queues.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
@@ -80,9 +80,16 @@ impl Worker {
         // Buffers may be there already, their kicks past.
         let mut ready: Vec<usize> = (0..self.queues.len()).collect();
         let mut swept = Instant::now();
+        let mut watching = None;
         loop {
             ready.retain(|index| self.take_turn(*index));
-            let look_within = self.look_at_locks();
+            let (look_within, descriptor) = self.look_at_waiting();
+            if watching != descriptor
+                && let Some(fd) = descriptor
+            {
+                add(&epoll, fd, self.queues.len() as u64 + 1)?;
+                watching = descriptor;
+            }
             if self.control.stopping.load(Ordering::Acquire) {
                 return Ok(());
             }
@@ -109,27 +116,33 @@ impl Worker {
                 let index = event.data() as usize;
                 if index < self.queues.len() && !ready.contains(&index) {
                     ready.push(index);
+                } else if index > self.queues.len() {
+                    self.session.share().state().watches.set_ready();
                 }
             }
         }
     }
 
-    /// Answers those whose waiting is over; returns in how many milliseconds to look again, if that takes no event.
-    fn look_at_locks(&mut self) -> Option<i32> {
-        let (waited, within) = {
-            let mut state = self.session.share().state();
-            state.look_at_locks();
-            let memory = self.queues.first()?.memory();
-            (state.locks.take_answers(memory), state.locks.look_within())
-        };
-        self.control.completed.fetch_add(waited.len() as u64, Ordering::Relaxed);
-        for (index, head, written) in waited {
+    /// Answers those whose waiting is over; returns in how many milliseconds to look again, if that takes no event, and what else has events
+    /// by now.
+    fn look_at_waiting(&mut self) -> (Option<i32>, Option<RawFd>) {
+        let mut state = self.session.share().state();
+        state.look_at_locks();
+        state.look_at_watches();
+        let ended = state.locks.take_answers().into_iter().map(|(answer, error)| (answer, error, Vec::new()));
+        let ended: Vec<_> = ended.chain(state.watches.take_answers()).collect();
+        let (within, descriptor) = (state.locks.look_within(), state.watches.descriptor());
+        drop(state);
+        self.control.completed.fetch_add(ended.len() as u64, Ordering::Relaxed);
+        for (answer, error, body) in ended {
+            let Some(memory) = self.queues.first().map(VirtQueue::memory) else { break };
+            let (index, head, written) = answer.write(memory, error, &body);
             if let Some(queue) = self.queues.get_mut(usize::from(index)) {
                 queue.push(head, written);
                 queue.notify();
             }
         }
-        within.map(|within| within.as_millis() as i32)
+        (within.map(|within| within.as_millis() as i32), descriptor)
     }
 
     fn fail(&mut self, error: &io::Error) {
@@ -143,8 +156,7 @@ impl Worker {
         let epoll = Epoll::new()?;
         let kicks = self.queues.iter().map(VirtQueue::kick);
         for (index, fd) in (0..).zip(kicks.chain([&*self.control.wake])) {
-            let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, index);
-            epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)?;
+            add(&epoll, fd.as_raw_fd(), index)?;
         }
         Ok(epoll)
     }
@@ -165,7 +177,7 @@ impl Worker {
                 break false;
             };
             let head = chain.head_index();
-            // Else it waits for a lock.
+            // Else it waits.
             let Some(written) = self.session.serve(&memory, index as u16, chain) else { continue };
             queue.push(head, written);
             served += 1;
@@ -181,6 +193,11 @@ impl Worker {
         self.control.completed.fetch_add(served, Ordering::Relaxed);
         more
     }
+}
+
+/// Has `epoll` tell once whenever `fd` becomes readable.
+fn add(epoll: &Epoll, fd: RawFd, name: u64) -> io::Result<()> {
+    epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, name))
 }
 
 impl Running {

@@ -36,7 +36,6 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::ranges::{Kind, Range, Ranges, Segment};
@@ -44,6 +43,7 @@ use self::waits::{Waits, Wanted};
 use super::host::Host;
 use super::inodes::Slot;
 use super::state::{State, errno};
+use super::waiting::Answer;
 
 /// Requests that wait for a lock: a quarter of the queue, each an entry of it.
 pub(super) const MAX_WAITING: usize = super::REQUEST_SIZE as usize / 4;
@@ -82,16 +82,6 @@ pub(super) struct Request {
     pub(super) wanted: Segment,
     /// The process that asks, for others to be told.
     pub(super) process: u32,
-}
-
-/// Where to answer a request that waits.
-#[derive(Clone, Debug)]
-pub(super) struct Answer {
-    pub(super) queue: u16,
-    pub(super) head: u16,
-    pub(super) unique: u64,
-    /// Stretches of guest memory for the answer, which is a header only.
-    pub(super) room: Vec<(u64, u32)>,
 }
 
 /// What one owner holds on one file.
@@ -265,29 +255,9 @@ impl Locks {
         self.early.clear();
     }
 
-    /// Takes the answers that are due, written: each a queue, a head and a length.
-    pub(super) fn take_answers(&mut self, memory: &GuestMemoryMmap) -> Vec<(u16, u16, u32)> {
-        self.done.drain(..).map(|(answer, error)| (answer.queue, answer.head, answer.write(memory, error))).collect()
-    }
-}
-
-impl Answer {
-    /// Writes an answer that is a header only (`struct fuse_out_header`); returns its length.
-    fn write(&self, memory: &GuestMemoryMmap, error: i32) -> u32 {
-        const BYTES: u32 = 16;
-        let mut header = [0; BYTES as usize];
-        header[..4].copy_from_slice(&BYTES.to_le_bytes());
-        header[4..8].copy_from_slice(&(-error).to_le_bytes());
-        header[8..].copy_from_slice(&self.unique.to_le_bytes());
-        let mut rest = &header[..];
-        for (at, len) in &self.room {
-            let (part, others) = rest.split_at(rest.len().min(*len as usize));
-            if memory.write_slice(part, GuestAddress(*at)).is_err() {
-                return 0;
-            }
-            rest = others;
-        }
-        if rest.is_empty() { BYTES } else { 0 }
+    /// Takes the answers that are due, each with its error or 0.
+    pub(super) fn take_answers(&mut self) -> Vec<(Answer, i32)> {
+        std::mem::take(&mut self.done)
     }
 }
 

@@ -9,8 +9,9 @@ use vm_memory::ByteValued;
 
 use super::super::share::Share;
 use super::super::state::{State, errno};
+use super::super::waiting::Answer;
 use super::ranges::{Kind, Range, Segment};
-use super::{Answer, Owner, Request};
+use super::{Owner, Request};
 
 const GETLK: u32 = Opcode::Getlk as u32;
 const SETLK: u32 = Opcode::Setlk as u32;

@@ -2,17 +2,15 @@
 //! has by then is lost, which its owner is not told, as with a server of files that was away. Who waited waits again.
 //!
 //! The form, all integers little-endian: number of stretches held (u32), for each its lock; number of requests that wait (u32), for each
-//! its lock, queue and head (u32), unique number (u64), number of places for the answer (u32), for each its address (u64) and length (u32).
+//! its lock, and [where its answer goes](Answer::save).
 //! A lock is node's slot and whether it is of flock (u32), owner, handle, start and end (u64), whether it is exclusive and process (u32).
 
 use super::super::inodes::Slot;
 use super::super::snapshot::Input;
 use super::super::state::State;
+use super::super::waiting::Answer;
 use super::ranges::{Kind, Range, Segment};
-use super::{Answer, Locks, MAX_SEGMENTS, MAX_WAITING, Owner, Request};
-
-/// Places for an answer: one for each of its bytes.
-const MAX_PLACES: u32 = 16;
+use super::{Locks, MAX_SEGMENTS, MAX_WAITING, Owner, Request};
 
 /// Locks to take, and requests to serve, once the files are open again.
 #[derive(Default)]
@@ -67,15 +65,7 @@ impl Locks {
         put(out, self.waiting.len());
         for waiter in &self.waiting {
             waiter.request.save(out);
-            let Answer { queue, head, unique, room } = &waiter.answer;
-            put(out, usize::from(*queue));
-            put(out, usize::from(*head));
-            out.extend(unique.to_le_bytes());
-            put(out, room.len());
-            for (at, len) in room {
-                out.extend(at.to_le_bytes());
-                put(out, *len as usize);
-            }
+            waiter.answer.save(out);
         }
     }
 }
@@ -92,13 +82,7 @@ impl SavedLocks {
         let waiting = input.u32()? as usize;
         for _ in 0..(waiting <= MAX_WAITING).then_some(waiting)? {
             let request = Request::parse(input)?;
-            let (queue, head) = (u16::try_from(input.u32()?).ok()?, u16::try_from(input.u32()?).ok()?);
-            let (unique, places) = (input.u64()?, input.u32()?);
-            let mut room = Vec::new();
-            for _ in 0..(places <= MAX_PLACES).then_some(places)? {
-                room.push((input.u64()?, input.u32()?));
-            }
-            saved.waiting.push((request, Answer { queue, head, unique, room }));
+            saved.waiting.push((request, Answer::parse(input)?));
         }
         Some(saved)
     }

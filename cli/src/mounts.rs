@@ -42,6 +42,8 @@ pub(crate) struct Mounts {
 
 /// A virtio-blk device has a PCI slot, of which there are 32 for all devices.
 const DISKS_MAX: usize = 16;
+/// Longest serial number of a disk (virtio 1.3, section 5.2.6).
+const SERIAL_BYTES_MAX: usize = 20;
 /// Options of tmpfs(5) that take a value, besides the size.
 const TMPFS_VALUES: [&str; 4] = ["mode", "nr_inodes", "nr_blocks", "uid"];
 const FLAGS: [&str; 12] = [
@@ -111,7 +113,7 @@ impl Mounts {
     }
 
     fn add_disk(&mut self, disk: DiskFile) -> Result<usize, Error> {
-        let DiskFile { path, read_only, cache } = disk;
+        let DiskFile { path, read_only, cache, serial } = disk;
         let wrong = |why: String| Error::from(format!("the disk {} cannot be used: {why}", path.display()));
         let found = std::fs::canonicalize(&path).map_err(|error| wrong(error.to_string()))?;
         let kind = std::fs::metadata(&found).map_err(|error| wrong(error.to_string()))?.file_type();
@@ -125,7 +127,7 @@ impl Mounts {
         if self.disks.iter().any(|other| other.path == found && !(other.read_only && read_only)) {
             return Err(wrong("it is given twice; give it once, or each time with ro".to_owned()));
         }
-        self.disks.push(DiskFile { path: found, read_only, cache });
+        self.disks.push(DiskFile { path: found, read_only, cache, serial });
         Ok(self.disks.len() - 1)
     }
 
@@ -172,9 +174,10 @@ impl Mounts {
                 return Ok(());
             }
             Some("disk") => {
-                fields.only(text, &["fstype", "cache"])?;
+                fields.only(text, &["fstype", "cache", "serial"])?;
                 let cache = fields.one(&["cache"])?.map(disk_cache).transpose()?.unwrap_or_default();
-                let index = self.add_disk(DiskFile { path: needed()?.into(), read_only, cache })?;
+                let serial = fields.one(&["serial"])?.map(serial).transpose()?;
+                let index = self.add_disk(DiskFile { path: needed()?.into(), read_only, cache, serial })?;
                 if target.is_none() {
                     return Ok(());
                 }
@@ -272,16 +275,17 @@ fn volume(text: &str) -> Result<Mount, Error> {
 pub(crate) fn disk(text: &str) -> Result<DiskFile, Error> {
     let given = text.rsplit_once(':').filter(|(_, given)| {
         let first = given.split(',').next().unwrap_or_default();
-        matches!(first, "ro" | "rw") || first.starts_with("cache=")
+        matches!(first, "ro" | "rw") || first.starts_with("cache=") || first.starts_with("serial=")
     });
     let (path, given) = given.unwrap_or((text, ""));
-    let mut disk = DiskFile { path: path.into(), read_only: false, cache: DiskCache::default() };
+    let mut disk = DiskFile { path: path.into(), read_only: false, cache: DiskCache::default(), serial: None };
     for option in given.split(',').filter(|option| !option.is_empty()) {
         match option.split_once('=') {
             None if option == "ro" => disk.read_only = true,
             None if option == "rw" => disk.read_only = false,
             Some(("cache", value)) => disk.cache = disk_cache(value)?,
-            _ => return Err(format!("{option} is no option of a disk; use ro, rw or cache=…").into()),
+            Some(("serial", value)) => disk.serial = Some(serial(value)?),
+            _ => return Err(format!("{option} is no option of a disk; use ro, rw, cache=… or serial=…").into()),
         }
     }
     Ok(disk)
@@ -346,6 +350,15 @@ fn disk_cache(text: &str) -> Result<DiskCache, Error> {
         "writeback" => Ok(DiskCache::Writeback),
         "none" => Ok(DiskCache::None),
         other => Err(format!("cache={other} is not known for a disk; use none or writeback").into()),
+    }
+}
+
+/// A disk's serial number, by which a guest may name it in paths.
+fn serial(text: &str) -> Result<String, Error> {
+    let fits = (1..=SERIAL_BYTES_MAX).contains(&text.len());
+    match fits && text.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/') {
+        true => Ok(text.to_owned()),
+        false => Err(format!("serial={text} is none; write 1 to {SERIAL_BYTES_MAX} letters, digits or signs").into()),
     }
 }
 
@@ -482,8 +495,10 @@ mod tests {
         for wrong in ["/", "/dev/null", "/no/such/file"] {
             assert!(disks(&[wrong.to_owned()]).is_err(), "{wrong}");
         }
-        let all = one(&[&format!("type=disk,src={path},dst=/d,ro"), &format!("type=disk,src={path},ro,cache=none")]);
-        let all = all.unwrap();
+        let (first, second) =
+            (format!("type=disk,src={path},dst=/d,ro"), format!("type=disk,src={path},ro,cache=none"));
+        let all = one(&[&format!("{first},serial=data"), &second]).unwrap();
+        assert_eq!((all.disks[0].serial.as_deref(), &all.disks[1].serial), (Some("data"), &None));
         assert_eq!([all.disks[0].cache, all.disks[1].cache], [DiskCache::Writeback, DiskCache::None]);
         assert!(one(&[&format!("type=disk,src={path},cache=auto")]).is_err());
         assert_eq!((all.disks.len(), all.mounts.len()), (2, 1));
@@ -493,17 +508,31 @@ mod tests {
 
     #[test]
     fn options_of_a_disk_follow_the_last_colon() {
-        let cached = |path: &str, read_only| DiskFile { path: path.into(), read_only, cache: DiskCache::Writeback };
+        let cached = |path: &str, read_only| DiskFile {
+            path: path.into(),
+            read_only,
+            cache: DiskCache::Writeback,
+            serial: None,
+        };
         for (text, expected) in [
             ("/a", cached("/a", false)),
             ("/a:ro", cached("/a", true)),
             ("/a:b", cached("/a:b", false)),
             ("/by-path/pci-0000:00:1f.2:ro,cache=writeback", cached("/by-path/pci-0000:00:1f.2", true)),
             ("/a:cache=none,rw", DiskFile { cache: DiskCache::None, ..cached("/a", false) }),
+            ("/a:serial=data-1,ro", DiskFile { serial: Some("data-1".into()), ..cached("/a", true) }),
         ] {
             assert_eq!(disk(text).unwrap(), expected, "{text}");
         }
-        for text in ["/a:ro,fast", "/a:cache=unsafe", "/a:cache=", "/a:ro,cache"] {
+        for text in [
+            "/a:ro,fast",
+            "/a:cache=unsafe",
+            "/a:cache=",
+            "/a:ro,cache",
+            "/a:serial=",
+            "/a:serial=a/b",
+            "/a:serial=123456789012345678901",
+        ] {
             assert!(disk(text).is_err(), "{text}");
         }
     }

@@ -69,6 +69,8 @@ pub struct DiskFile {
     pub read_only: bool,
     /// Whether the host caches it.
     pub cache: DiskCache,
+    /// What the guest reads as its serial number.
+    pub serial: Option<String>,
 }
 
 impl DiskFile {
@@ -449,7 +451,7 @@ mod tests {
     fn a_disk_goes_without_the_page_cache_or_says_why_not() {
         let at = |dir: &str, cache| {
             let file = tempfile::NamedTempFile::new_in(dir).unwrap();
-            let disk = DiskFile { path: file.path().to_owned(), read_only: true, cache };
+            let disk = DiskFile { path: file.path().to_owned(), read_only: true, cache, serial: None };
             disk.open().map(|file| rustix::fs::fcntl_getfl(&file).unwrap().contains(OFlags::DIRECT))
         };
         for dir in ["/var/tmp", "/dev/shm"] {
@@ -459,7 +461,8 @@ mod tests {
                 Err(error) => assert!(error.to_string().contains("has no O_DIRECT; leave out"), "{error}"),
             }
         }
-        let missing = DiskFile { path: "/no/such".into(), read_only: true, cache: DiskCache::None };
+        let path = "/no/such".into();
+        let missing = DiskFile { path, read_only: true, cache: DiskCache::None, serial: None };
         assert!(matches!(missing.open(), Err(DiskError::Open { .. })));
     }
 

@@ -300,7 +300,7 @@ impl Inherited {
     pub(crate) fn add_disks(&mut self, disks: &[DiskFile]) -> Result<Vec<DiskConfig>, VmmError> {
         let disks = disks.iter().enumerate().map(|(index, disk)| {
             let file = self.add(disk.open()?);
-            Ok(DiskConfig { id: disk_name(index), file, read_only: disk.read_only, serial: None })
+            Ok(DiskConfig { id: disk_name(index), file, read_only: disk.read_only, serial: disk.serial.clone() })
         });
         disks.collect()
     }

@@ -173,7 +173,7 @@ pub(crate) fn attach(
     match network {
         Network::None => Ok(None),
         Network::Namespace(path) => attach_namespace(path, queues, note).map(Some),
-        Network::Cni { name, ports } => attach_cni(id, name, ports, queues, note).map(Some),
+        Network::Cni { name, ports } => attach_cni(id, name, ports, queues, dir).map(Some),
         Network::User { ports } => {
             let (user, end, description) = User::start(ports)?;
             Ok(Some(Attachment { ends: vec![end], description, held: Held::User(user) }))
@@ -197,9 +197,11 @@ fn attach_cni(
     name: &str,
     ports: &[PortMapping],
     queues: usize,
-    note: PathBuf,
+    dir: &Path,
 ) -> Result<Attachment, NetworkError> {
-    let mut cni = Cni::find(id, name, ports, make_namespace().map_err(NetworkError::Make)?)?;
+    let note = dir.join(NOTE);
+    let sandboxes = dir.parent().unwrap_or(dir);
+    let mut cni = Cni::find(id, name, ports, make_namespace().map_err(NetworkError::Make)?, sandboxes)?;
     let write = |cni: &Cni| write_note(&note, &Note { redirected: None, cni: Some(cni.note().clone()) });
     // Before: what plugins do half-way is to be undone too. After: with their result they can undo more.
     write(&cni)?;

@@ -7,6 +7,7 @@
 
 mod config;
 mod plugin;
+mod ports;
 
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -76,6 +77,22 @@ pub enum CniError {
     /// Ports were to be published by a network that cannot.
     #[error("the network {0} publishes no ports; add the plugin portmap to it, with the capability portMappings")]
     NoPorts(String),
+    /// Somebody else has a port that was to be published.
+    #[error("the port {port} of the host is taken by {holder}; publish another one, or end that first")]
+    PortTaken {
+        /// Address, number and protocol.
+        port: String,
+        /// Who has it.
+        holder: String,
+    },
+    /// A port cannot be published.
+    #[error("the port {port} of the host cannot be had: {source}")]
+    Port {
+        /// Address, number and protocol.
+        port: String,
+        /// Why not.
+        source: std::io::Error,
+    },
 }
 
 fn listed(names: &[String]) -> String {
@@ -112,6 +129,8 @@ pub(super) struct CniNote {
 pub(super) struct Cni {
     caller: Caller,
     note: CniNote,
+    /// The ports of the host; let go when the plugins have.
+    _ports: Vec<OwnedFd>,
     /// Open until the plugins have let go: they know it by this descriptor's number.
     namespace: OwnedFd,
 }
@@ -127,12 +146,14 @@ pub fn first() -> Option<String> {
 }
 
 impl Cni {
-    /// Finds the network called `name` and checks that it can do what is wanted. Nothing is done to the namespace yet.
+    /// Finds the network called `name`, checks that it can do what is wanted, and sees to it that nobody else has the ports,
+    /// of other programs or of the sandboxes whose directories are in `sandboxes`. Nothing is done to the namespace yet.
     pub(super) fn find(
         container_id: &str,
         name: &str,
         ports: &[PortMapping],
         namespace: OwnedFd,
+        sandboxes: &Path,
     ) -> Result<Self, CniError> {
         let list = config::find(&configurations(), name)?;
         if !ports.is_empty() && !list.maps_ports() {
@@ -143,8 +164,9 @@ impl Cni {
             // Before any is called: one that is not there cannot undo what the others did either.
             caller.program(plugin["type"].as_str().unwrap_or_default())?;
         }
+        let held = ports::hold(ports, sandboxes)?;
         let note = CniNote { container_id: container_id.to_owned(), list, ports: ports.to_vec(), result: None };
-        Ok(Self { caller, note, namespace })
+        Ok(Self { caller, note, _ports: held, namespace })
     }
 
     /// The namespace.

@@ -1,7 +1,7 @@
 //! The control queue (virtio 1.3, section 5.1.6.5): what a driver may ask, as values.
 //!
-//! The device filters nothing: a driver in promiscuous mode, or with a list of addresses, gets what it wants and more,
-//! which the specification allows (section 5.1.6.5.1).
+//! The device filters nothing: a driver in promiscuous mode, or with a list of addresses or of VLANs, gets what it wants
+//! and more, which the specification allows (sections 5.1.6.5.1 and 5.1.6.5.3).
 
 use super::super::queue::Chain;
 
@@ -18,6 +18,11 @@ const RX_COMMANDS: std::ops::RangeInclusive<u8> = 0..=5;
 const CLASS_MAC: u8 = 1;
 const MAC_TABLE_SET: u8 = 0;
 const MAC_ADDR_SET: u8 = 1;
+const CLASS_VLAN: u8 = 2;
+const VLAN_ADD: u8 = 0;
+const VLAN_DEL: u8 = 1;
+/// Length of a VLAN's number.
+const VLAN_BYTES: usize = 2;
 const CLASS_MQ: u8 = 4;
 const MQ_VQ_PAIRS_SET: u8 = 0;
 const CLASS_GUEST_OFFLOADS: u8 = 5;
@@ -43,6 +48,7 @@ pub(super) fn parse(bytes: &[u8]) -> Option<Command> {
         (CLASS_RX, command) if RX_COMMANDS.contains(&command) => (data.len() == 1).then_some(Command::Filter),
         (CLASS_MAC, MAC_TABLE_SET) => is_table_pair(data).then_some(Command::Filter),
         (CLASS_MAC, MAC_ADDR_SET) => data.try_into().ok().map(Command::SetMac),
+        (CLASS_VLAN, VLAN_ADD | VLAN_DEL) => (data.len() == VLAN_BYTES).then_some(Command::Filter),
         (CLASS_MQ, MQ_VQ_PAIRS_SET) => Some(Command::SetPairs(u16::from_le_bytes(data.try_into().ok()?))),
         (CLASS_GUEST_OFFLOADS, GUEST_OFFLOADS_SET) => {
             Some(Command::SetOffloads(u64::from_le_bytes(data.try_into().ok()?)))
@@ -85,6 +91,9 @@ mod tests {
     fn commands_are_read_as_the_specification_writes_them() {
         assert_eq!(parse(&[0, 0, 1]), Some(Command::Filter));
         assert_eq!(parse(&[1, 1, 2, 0, 0, 0, 0, 1]), Some(Command::SetMac([2, 0, 0, 0, 0, 1])));
+        for command in [0, 1] {
+            assert_eq!(parse(&[2, command, 7, 0]), Some(Command::Filter));
+        }
         assert_eq!(parse(&[4, 0, 3, 0]), Some(Command::SetPairs(3)));
         assert_eq!(parse(&[5, 0, 2, 0, 0, 0, 0, 0, 0, 0]), Some(Command::SetOffloads(2)));
         let mut table = vec![1, 0, 1, 0, 0, 0, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0];
@@ -92,7 +101,9 @@ mod tests {
         table.pop();
         assert_eq!(parse(&table), None);
         assert_eq!(parse(&[1, 0, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]), None);
-        for bad in [&[][..], &[0], &[0, 0], &[0, 6, 1], &[2, 0, 1, 0], &[4, 0, 1], &[4, 1, 1, 0], &[9, 9, 9]] {
+        for bad in
+            [&[][..], &[0], &[0, 0], &[0, 6, 1], &[2, 0, 1], &[2, 2, 1, 0], &[3, 0, 1, 0], &[4, 0, 1], &[4, 1, 1, 0]]
+        {
             assert_eq!(parse(bad), None, "{bad:?}");
         }
     }

@@ -47,6 +47,7 @@ mod feature {
     pub(super) const STATUS: u64 = 1 << 16;
     pub(super) const CTRL_VQ: u64 = 1 << 17;
     pub(super) const CTRL_RX: u64 = 1 << 18;
+    pub(super) const CTRL_VLAN: u64 = 1 << 19;
     pub(super) const MQ: u64 = 1 << 22;
     pub(super) const CTRL_MAC_ADDR: u64 = 1 << 23;
     /// `GUEST_USO4` and `GUEST_USO6`.
@@ -256,6 +257,7 @@ impl VirtioDevice for Net {
             | feature::STATUS
             | feature::CTRL_VQ
             | feature::CTRL_RX
+            | feature::CTRL_VLAN
             | feature::CTRL_MAC_ADDR;
         let mtu = if self.mtu.is_some() { feature::MTU } else { 0 };
         let pairs = if self.shared.pairs.len() > 1 { feature::MQ } else { 0 };

@@ -289,6 +289,12 @@ fn the_driver_sets_address_and_offloads() {
     assert_eq!(mac, [2, 0, 0, 0, 0, 7]);
     assert_eq!(b.command(&[1, 1, 3, 0, 0, 0, 0, 7]), control::ERROR);
     assert_eq!(b.command(&[0, 0, 1]), control::OK);
+    assert_ne!(b.net.features() & feature::CTRL_VLAN, 0);
+    for (command, answer) in
+        [(&[2, 0, 7, 0][..], control::OK), (&[2, 1, 7, 0], control::OK), (&[2, 0, 7], control::ERROR)]
+    {
+        assert_eq!(b.command(command), answer, "{command:?}");
+    }
     assert_eq!(b.command(&[5, 0, 2, 0, 0, 0, 0, 0, 0, 0]), control::OK);
     assert_eq!(b.wires[0].offloads.load(Ordering::SeqCst), feature::GUEST_CSUM);
     // What was not agreed on is not given.
@@ -389,7 +395,7 @@ proptest! {
         features in any::<u64>(),
         packets in prop::collection::vec(0usize..3000, 0..8),
     ) {
-        let features = features & (ALL | feature::CTRL_MAC_ADDR | feature::CTRL_GUEST_OFFLOADS | feature::CTRL_RX);
+        let features = features & (ALL | feature::CTRL_MAC_ADDR | feature::CTRL_GUEST_OFFLOADS | feature::CTRL_RX | feature::CTRL_VLAN);
         let mut b = bench(features);
         for (index, &(address, len, flags, next)) in (0..).zip(&descriptors) {
             // Mostly in memory and short, now and then not.

@@ -69,9 +69,7 @@ impl Cgroup {
     ///
     /// Fails without cgroups of version 2, or where the kernel refuses.
     pub fn join(&self) -> Result<(), CgroupError> {
-        if !Path::new(ROOT).join("cgroup.controllers").exists() {
-            return Err(CgroupError::Version);
-        }
+        check_version(Path::new(ROOT))?;
         let failed = |source| CgroupError::Use { path: self.0.clone(), source };
         std::fs::create_dir_all(&self.0).map_err(failed)?;
         let above: Vec<_> = self.0.ancestors().skip(1).take_while(|dir| dir.starts_with(ROOT)).collect();
@@ -128,6 +126,12 @@ impl Cgroup {
     }
 }
 
+/// Whether cgroups of version 2 are what is mounted at `root`: a host with both versions has a directory for each of its controllers there,
+/// and one for version 2, which is left without any.
+fn check_version(root: &Path) -> Result<(), CgroupError> {
+    if root.join("cgroup.controllers").exists() { Ok(()) } else { Err(CgroupError::Version) }
+}
+
 /// The directories of a slice: `a-b.slice` lies in `a.slice`.
 fn expand_slice(slice: &str) -> Option<PathBuf> {
     let mut path = PathBuf::new();
@@ -170,6 +174,20 @@ mod tests {
         for wrong in ["", "/", "/a/../..", "a--b.slice:x:y", "no-slice:x:y", "../x.slice:a:b"] {
             assert_eq!(place(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_host_with_version_1_is_refused_and_told_what_it_lacks() {
+        let root = tempfile::tempdir().unwrap();
+        for dir in ["cpu,cpuacct", "memory", "pids", "unified"] {
+            std::fs::create_dir(root.path().join(dir)).unwrap();
+        }
+        std::fs::write(root.path().join("unified/cgroup.controllers"), "").unwrap();
+        let refused = check_version(root.path()).unwrap_err();
+        let told = "this host has no cgroups of version 2 at /sys/fs/cgroup, which Hull needs";
+        assert_eq!(refused.to_string(), told);
+        std::fs::write(root.path().join("cgroup.controllers"), "cpu memory pids").unwrap();
+        check_version(root.path()).unwrap();
     }
 
     proptest! {

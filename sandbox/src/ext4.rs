@@ -8,6 +8,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use hull_sandbox_sys::children;
+
 /// Smaller ones leave too little beside the file system's own needs.
 pub const MIN_BYTES: u64 = 16 << 20;
 /// As much as ext4 takes with blocks of 4 KiB and no option.
@@ -64,13 +66,17 @@ pub fn check_size(bytes: u64) -> Result<(), Ext4Error> {
 }
 
 fn format(program: &Path, path: &Path) -> io::Result<()> {
-    let output = Command::new(program)
+    let mut command = Command::new(program);
+    command
         // No journal: the disk goes with its sandbox. No blocks that only root may fill: root is who fills them.
         .args(["-q", "-F", "-m", "0", "-O", "^has_journal", "-E", "lazy_itable_init=1,nodiscard,root_owner=0:0"])
         .arg(path)
         .stdin(Stdio::null())
-        .env_clear()
-        .output()?;
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .env_clear();
+    let (child, _started) = children::start(|| command.spawn(), |child| Some(child.id()))?;
+    let output = child.wait_with_output()?;
     if output.status.success() {
         return Ok(());
     }

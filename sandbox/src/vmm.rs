@@ -7,6 +7,7 @@ use std::process::Stdio;
 
 use command_fds::{CommandFdExt, FdMapping};
 use hull_protocol::{READY_PORT, SHARE_TAG};
+use hull_sandbox_sys::children::{self, Started};
 use hull_vmm_api::config::{
     BootConfig, CachePolicy, ConsoleConfig, CpusConfig, DiskConfig, GuestPort, MemoryConfig, NetConfig, PmemConfig,
     Resource, ShareConfig, VmConfig, VsockConfig,
@@ -72,6 +73,7 @@ fn details(lines: &[String]) -> String {
 #[derive(Debug)]
 pub(crate) struct Vmm {
     child: Child,
+    _started: Started,
     /// Closed with this value, or with the process that holds it: the VMM's sign that it must end.
     _lifeline: OwnedFd,
     console: Tail,
@@ -152,11 +154,13 @@ impl Vmm {
             .process_group(0)
             .kill_on_drop(true);
         let runtime = tokio::runtime::Handle::current();
-        let spawned = as_first_of_pid_namespace(|| {
-            let _entered = runtime.enter();
-            command.spawn()
-        });
-        let child = spawned.map_err(|source| match source.kind() {
+        let spawn = || {
+            as_first_of_pid_namespace(|| {
+                let _entered = runtime.enter();
+                command.spawn()
+            })
+        };
+        let (child, started) = children::start(spawn, Child::id).map_err(|source| match source.kind() {
             std::io::ErrorKind::NotFound => VmmError::Open { path: host.vmm.clone(), source },
             _ => VmmError::Spawn(source),
         })?;
@@ -165,7 +169,15 @@ impl Vmm {
 
         let (console, _) = Tail::follow(console_read, "console").map_err(VmmError::Spawn)?;
         let (log, log_thread) = Tail::follow(log_read, "vmm-log").map_err(VmmError::Spawn)?;
-        Ok(Self { child, _lifeline: lifeline_write, console, log, log_thread: Some(log_thread), ready: Some(ready) })
+        Ok(Self {
+            child,
+            _started: started,
+            _lifeline: lifeline_write,
+            console,
+            log,
+            log_thread: Some(log_thread),
+            ready: Some(ready),
+        })
     }
 
     /// The process's identifier; none once its end has been seen.

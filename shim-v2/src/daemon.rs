@@ -18,6 +18,7 @@ use crate::Trouble;
 use crate::connections::Connections;
 use crate::events::Publisher;
 use crate::flags::Flags;
+use crate::orphans;
 use crate::pod::Pod;
 use crate::sandbox::SandboxService;
 use crate::streams::STREAMING;
@@ -62,6 +63,7 @@ pub(crate) fn run(flags: &Flags) -> Result<(), Trouble> {
 }
 
 async fn serve(flags: &Flags, host: Host, settings: Settings, listener: UnixListener) -> Result<(), Trouble> {
+    orphans::adopt()?;
     let publisher = Publisher::start(&std::env::var("TTRPC_ADDRESS")?, &flags.namespace);
     let pod = Pod::new(&flags.pod, &flags.namespace, host, settings, publisher);
     let connections = Connections::default();

@@ -21,6 +21,7 @@ mod flags;
 mod launch;
 mod live;
 mod memory;
+mod orphans;
 mod pod;
 mod process;
 mod rootfs;

@@ -61,15 +61,18 @@ pub(crate) fn unfit() -> Option<&'static str> {
     None
 }
 
+/// Says that a test is skipped. The lab has what all of them need, so there is no excuse there.
+pub(crate) fn skip(reason: &str) {
+    assert!(std::env::var_os("HULL_IN_LAB").is_none(), "{reason}, and the lab is to have it");
+    eprintln!("skipped: {reason}; lab/run gives a machine that has it");
+}
+
 /// A guest, or the end of the test on a machine that cannot run containers.
 macro_rules! guest {
     () => {
         match $crate::fixture::unfit() {
             None => $crate::fixture::Guest::start().await,
-            Some(reason) => {
-                eprintln!("skipped: {reason}; lab/run gives a machine that has it");
-                return;
-            }
+            Some(reason) => return $crate::fixture::skip(reason),
         }
     };
 }

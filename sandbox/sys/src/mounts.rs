@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
+use crate::children;
+
 /// Makes a tree of mounts read-only, all that is mounted below its root included.
 ///
 /// # Errors
@@ -46,25 +48,8 @@ fn set(tree: BorrowedFd<'_>, attributes: &libc::mount_attr) -> io::Result<()> {
 ///
 /// Fails where the host allows no more user namespaces, or with `EINVAL` for a mapping that is none.
 pub fn user_namespace(uid_map: &str, gid_map: &str) -> io::Result<OwnedFd> {
-    let flags = libc::c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD);
-    let none: libc::c_long = 0;
-    // SAFETY: without CLONE_VM this is fork(2), with the child in a namespace of its own. The child makes no calls but
-    // prctl(2) and pause(2), which are async-signal-safe.
-    let child = unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) };
-    match child {
-        ..0 => return Err(io::Error::last_os_error()),
-        0 => loop {
-            // SAFETY: see above. It ends by our signal, or with us.
-            unsafe {
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                libc::pause();
-            }
-        },
-        _ => {}
-    }
+    let (child, _started) = children::start(idle_in_user_namespace, |child| u32::try_from(*child).ok())?;
     let namespace = describe(child, uid_map, gid_map);
-    // A process identifier fits.
-    let child = child as libc::pid_t;
     // SAFETY: the child is our own and has not been waited for, so no other process has its identifier.
     unsafe {
         libc::kill(child, libc::SIGKILL);
@@ -73,7 +58,28 @@ pub fn user_namespace(uid_map: &str, gid_map: &str) -> io::Result<OwnedFd> {
     namespace
 }
 
-fn describe(pid: libc::c_long, uid_map: &str, gid_map: &str) -> io::Result<OwnedFd> {
+/// A child in a user namespace of its own, which does nothing.
+fn idle_in_user_namespace() -> io::Result<libc::pid_t> {
+    let flags = libc::c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD);
+    let none: libc::c_long = 0;
+    // SAFETY: without CLONE_VM this is fork(2), with the child in a namespace of its own. The child makes no calls but
+    // prctl(2) and pause(2), which are async-signal-safe.
+    let child = unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) };
+    match child {
+        ..0 => Err(io::Error::last_os_error()),
+        0 => loop {
+            // SAFETY: see above. It ends by our signal, or with us.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                libc::pause();
+            }
+        },
+        // A process identifier fits.
+        _ => Ok(child as libc::pid_t),
+    }
+}
+
+fn describe(pid: libc::pid_t, uid_map: &str, gid_map: &str) -> io::Result<OwnedFd> {
     std::fs::write(format!("/proc/{pid}/uid_map"), uid_map)?;
     std::fs::write(format!("/proc/{pid}/gid_map"), gid_map)?;
     Ok(File::open(format!("/proc/{pid}/ns/user"))?.into())

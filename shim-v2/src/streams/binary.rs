@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use command_fds::CommandFdExt;
 use command_fds::FdMapping;
+use hull_sandbox_sys::children;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 
 /// How long the program may take until it reads.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -61,7 +62,7 @@ pub(super) async fn start(
         .stderr(Stdio::null())
         .fd_mappings(mappings.collect())
         .map_err(Error::other)?;
-    let mut child = command.spawn()?;
+    let (mut child, started) = children::start(|| command.spawn(), Child::id)?;
     // It holds the program's ends, and with them open here no pipe would ever end.
     drop(command);
     let mut ready = pipe::Receiver::from_owned_fd(ready.into())?;
@@ -80,7 +81,11 @@ pub(super) async fn start(
         return Err(error);
     }
     // The program ends with its input; somebody has to wait for it.
-    tokio::spawn(async move { child.wait().await });
+    tokio::spawn(async move {
+        // Its exit status is of no interest.
+        let _ = child.wait().await;
+        drop(started);
+    });
     Ok((pipe::Sender::from_owned_fd(stdout.into())?, pipe::Sender::from_owned_fd(stderr.into())?))
 }
 

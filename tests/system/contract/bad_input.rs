@@ -70,6 +70,27 @@ fn task_create_of_a_container_that_cannot_be_is_refused_by_its_cause_and_leaves_
 }
 
 #[test]
+fn task_create_in_a_network_namespace_that_does_not_exist_is_refused_and_leaves_nothing() {
+    run(async {
+        let shim = Shim::start("nowhere").await;
+        let bundle = shim.single_bundle("true");
+        change(&bundle, |spec| {
+            let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+            let network = namespaces.iter_mut().find(|namespace| namespace["type"] == "network").unwrap();
+            network["path"] = "/run/netns/no-such".into();
+        });
+        // Again, since what was refused is not to be in the way.
+        for _ in 0..2 {
+            let (code, message) = refused(shim.tasks().create(patience(), &create("nowhere", &bundle)).await);
+            assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
+            assert!(message.contains("the network namespace /run/netns/no-such does not exist"), "{message}");
+            assert_eq!(refused(shim.state("nowhere", "").await).0, Code::NOT_FOUND);
+        }
+        shim.end().await;
+    });
+}
+
+#[test]
 fn task_kill_and_exec_tell_what_has_ended_from_what_was_never_there() {
     run(async {
         let (shim, vmm) = Shim::with_sandbox("ended").await;
@@ -197,6 +218,32 @@ fn streams_fifo_that_nobody_reads_holds_nothing_up_but_its_process() {
         let missing = CreateTaskRequest { stdout: "/no/such/fifo".into(), ..create("one", &bundle) };
         assert!(refused(tasks.create(patience(), &missing).await).1.contains("/no/such/fifo"));
         shim.end().await;
+    });
+}
+
+#[test]
+fn streams_fifo_that_nobody_ever_opens_holds_nothing_up() {
+    run(async {
+        let (shim, _) = Shim::shared().await;
+        let [stdin, stdout, stderr] = ["unopened.in", "unopened.out", "unopened.err"].map(|name| {
+            let path = shim.dir.join(name);
+            nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            path.to_str().unwrap().to_owned()
+        });
+        // With nothing written and with something, and with an input that never comes.
+        for (number, script) in ["", "echo out; echo err >&2;"].into_iter().enumerate() {
+            let script = format!("{script} echo >/told.{number}; exec cat");
+            let bundle = shim.bundle("unopened", &["/bin/sh", "-c", &script]);
+            let (stdin, stdout, stderr) = (stdin.clone(), stdout.clone(), stderr.clone());
+            let request = CreateTaskRequest { stdin, stdout, stderr, ..create("unopened", &bundle) };
+            shim.tasks().create(patience(), &request).await.unwrap();
+            shim.start_task("unopened", "").await.unwrap();
+            says(&bundle.join("rootfs").join(format!("told.{number}")), "\n");
+            assert_eq!(shim.status("unopened", "").await, Status::RUNNING);
+            shim.kill("unopened", "", Signal::SIGKILL).await.unwrap();
+            assert_eq!(shim.wait_task("unopened", "").await, 137);
+            assert_eq!(shim.delete_task("unopened", "").await.unwrap().exit_status, 137);
+        }
     });
 }
 

@@ -12,6 +12,14 @@ use super::*;
 
 /// What is to happen within the time that containerd gives `delete`.
 const DELETE_SECONDS: u64 = 5;
+/// A logging program that goes to the background as daemons do, once it is there.
+const DOUBLE_FORK: &str = "#!/bin/sh
+case $2 in
+'') setsid \"$0\" \"$1\" middle; until [ -s \"$1.pid\" ]; do sleep 0.1; done; exit 5 ;;
+middle) \"$0\" \"$1\" last & exit 4 ;;
+last) echo $$ >\"$1.pid\"; exec cat <&3 >\"$1.log\" 5>&- ;;
+esac
+";
 
 /// `start` as containerd up to 2.2 calls it, with runtime options or nothing on standard input.
 fn start_by_flags(id: &str, dir: &Path, input: &[u8]) -> Output {
@@ -42,9 +50,10 @@ fn end(dir: &Path) {
 #[test]
 fn binary_start_stdin_with_options_or_nothing_is_answered_by_json_of_version_2() {
     let dir = tempfile::tempdir().unwrap();
-    // Options whose two fields could be a message's first two.
+    // Options whose two fields could be a message's first two, and those of a node that was set up for Kata.
     let options = Any { type_url: "containerd.runc.v1.Options".into(), value: b"tests".to_vec(), ..Default::default() };
-    for input in [Vec::new(), options.write_to_bytes().unwrap()] {
+    let inputs = [Vec::new(), options.write_to_bytes().unwrap(), katas_options().write_to_bytes().unwrap()];
+    for input in inputs {
         let output = start_by_flags("flags", dir.path(), &input);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         assert!(output.stderr.is_empty(), "containerd reads both");
@@ -118,6 +127,60 @@ fn binary_start_leaves_a_daemon_with_a_socket_a_log_and_a_group_of_its_own() {
 }
 
 #[test]
+fn binary_start_leaves_a_daemon_that_takes_orphans_in_and_waits_for_them() {
+    run(async {
+        let (shim, vmm) = Shim::with_sandbox("orphans").await;
+        let (logger, log) = (shim.dir.join("logger"), shim.dir.join("orphan"));
+        std::fs::write(&logger, DOUBLE_FORK).unwrap();
+        std::fs::set_permissions(&logger, std::fs::Permissions::from_mode(0o700)).unwrap();
+        let stdout = format!("binary://{}?{}", logger.display(), log.display());
+        let bundle = shim.bundle("one", &["/bin/sh", "-c", "echo out; read line; exit 6"]);
+        let stdin = shim.dir.join("in");
+        nix::unistd::mkfifo(&stdin, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let request = CreateTaskRequest { stdin: stdin.to_str().unwrap().into(), stdout, ..create("one", &bundle) };
+        shim.tasks().create(patience(), &request).await.unwrap();
+        shim.start_task("one", "").await.unwrap();
+        says(&log.with_extension("log"), "out\n");
+        let orphan: i32 = std::fs::read_to_string(log.with_extension("pid")).unwrap().trim().parse().unwrap();
+        let has_children = |wanted: &[i32]| {
+            eventually("its children", || match children(shim.pid()) {
+                found if found == wanted.iter().copied().collect::<BTreeSet<_>>() => Ok(()),
+                found => Err(format!("{found:?} and not {wanted:?}")),
+            });
+        };
+        let vmm = vmm.try_into().unwrap();
+        // What was started has ended, and what that left is the shim's.
+        has_children(&[orphan, vmm]);
+
+        // Its end comes with that of what it reads, and nothing is left of it.
+        tokio::task::spawn_blocking(move || std::fs::write(stdin, "go on\n").unwrap()).await.unwrap();
+        assert_eq!(shim.wait_task("one", "").await, 6);
+        shim.delete_task("one", "").await.unwrap();
+        has_children(&[vmm]);
+        // What others wait for is left to them: why the machine ended is known.
+        shim.run("two", "sleep 1000").await;
+        nix::sys::signal::kill(Pid::from_raw(vmm), Signal::SIGKILL).unwrap();
+        assert_eq!(shim.wait_task("two", "").await, 137);
+        let (_, message) = refused(shim.tasks().create(patience(), &create("three", &bundle)).await);
+        assert!(message.contains("was killed by signal 9"), "{message}");
+        has_children(&[]);
+        shim.delete_task("two", "").await.unwrap();
+        shim.end().await;
+    });
+}
+
+/// The children of a process, also those that have ended and that it has not waited for.
+fn children(parent: i32) -> BTreeSet<i32> {
+    let statuses = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|process| {
+        let pid = process.file_name().to_str()?.parse().ok()?;
+        // Gone meanwhile, it may be.
+        Some((pid, std::fs::read_to_string(process.path().join("status")).ok()?))
+    });
+    let line = format!("\nPPid:\t{parent}\n");
+    statuses.filter(|(_, status)| status.contains(&line)).map(|(pid, _)| pid).collect()
+}
+
+#[test]
 fn binary_start_whose_daemon_nobody_asks_to_create_anything_ends_by_itself() {
     let dir = tempfile::tempdir().unwrap();
     assert!(start_by_flags("flags", dir.path(), b"").status.success());
@@ -163,6 +226,8 @@ fn binary_info_is_a_runtime_info_whatever_is_on_standard_input() {
         let info = RuntimeInfo::parse_from_bytes(&output.stdout).unwrap();
         assert_eq!(info.name, fixture::containerd::RUNTIME);
         assert!(!info.version.version.is_empty());
+        // What containerd is to hand over unmounted, so that the guest mounts it.
+        assert_eq!(info.annotations.get("containerd.io/runtime-allow-mounts").unwrap(), "erofs,format/*,mkdir/*");
         // As containerd reads it: what pods may ask for.
         assert_eq!(info.features.type_url, "types.containerd.io/opencontainers/runtime-spec/1/features/Features");
         let features: Value = serde_json::from_slice(&info.features.value).unwrap();
@@ -202,8 +267,7 @@ fn binary_delete_clears_up_after_a_shim_that_died_and_again() {
             assert_eq!(delete("dead", &shim.dir).exit_status, 137);
             assert!(!Path::new(&socket).exists());
         }
-        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
-        assert!(!mounts.contains("/run/hull/"), "{mounts}");
+        shim.assert_nothing_left();
         // The root is as it was: only mounts are taken away.
         assert!(std::fs::metadata(shim.dir.join("one/rootfs/bin/busybox")).unwrap().size() > 0);
     });

@@ -3,8 +3,11 @@
 //! `lab/run --containerd` and `--containerd=2` have what these need; see `tests/run`.
 
 mod block;
+mod images;
+mod resources;
 mod restart;
 mod roots;
+mod security;
 mod semantics;
 mod streaming;
 mod volumes;
@@ -20,6 +23,14 @@ use fixture::cri::{
 
 /// A port of the node that is published.
 const HOST_PORT: u16 = 18080;
+
+/// What is seen with each handler is what is seen with runc, which comes last.
+#[track_caller]
+fn all_alike(seen: &[String]) {
+    for other in seen {
+        assert_eq!(Some(other), seen.last());
+    }
+}
 
 /// What a client sees of the life of a pod with a container.
 #[derive(Debug, PartialEq, Eq)]

@@ -106,6 +106,8 @@ pub struct Volume {
     pub source: PathBuf,
     /// Whether the guest can change it, or anything mounted below it: enforced on the host.
     pub read_only: bool,
+    /// Whether what the host mounts below it later stays away.
+    pub private: bool,
     /// Who owns the files.
     pub owners: Owners,
 }
@@ -501,7 +503,7 @@ fn joined(layers: &[PathBuf]) -> Result<CString, Errno> {
 /// Makes a volume visible at `target` with everything mounted below it. What it may not be used for is settled before it is there: the VMM,
 /// in a mount namespace of its own, gets a copy of each mount as it is when it comes.
 fn bind(volume: &Volume, target: &Path) -> Result<(), ShareError> {
-    let Volume { source, read_only, owners } = volume;
+    let Volume { source, read_only, private, owners } = volume;
     let failed = |source_error| ShareError::Source { path: source.clone(), source: source_error };
     let tree = rustix::mount::open_tree(
         rustix::fs::CWD,
@@ -513,6 +515,9 @@ fn bind(volume: &Volume, target: &Path) -> Result<(), ShareError> {
     .map_err(|errno| failed(errno.into()))?;
     if *read_only {
         mounts::set_read_only(tree.as_fd()).map_err(failed)?;
+    }
+    if *private {
+        mounts::set_private(tree.as_fd()).map_err(failed)?;
     }
     if !owners.are_the_hosts() {
         let mapped = mounts::user_namespace(&swapped(owners.uid), &swapped(owners.gid))

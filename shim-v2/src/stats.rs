@@ -91,6 +91,12 @@ pub(crate) fn metrics(stats: &ContainerStatsResponse) -> Metrics {
     }
 }
 
+/// What is left to say of a container whose machine is gone.
+pub(crate) fn last(ran_out_of_memory: bool) -> Metrics {
+    let memory_events = MemoryEvents { oom_kill: ran_out_of_memory.into(), ..Default::default() };
+    Metrics { memory_events: MessageField::some(memory_events), ..metrics(&ContainerStatsResponse::default()) }
+}
+
 fn pressure(pressure: &MessageField<Pressure>) -> MessageField<PSIStats> {
     let Some(pressure) = pressure.as_ref() else { return MessageField::none() };
     MessageField::some(PSIStats { some: line(&pressure.some), full: line(&pressure.full), ..Default::default() })
@@ -148,5 +154,6 @@ mod tests {
     #[test]
     fn a_guest_that_says_nothing_has_zeros() {
         assert_eq!(metrics(&ContainerStatsResponse::default()).memory.usage, 0);
+        assert_eq!((last(true).memory_events.oom_kill, last(false).memory_events.oom_kill), (1, 0));
     }
 }

@@ -3,23 +3,41 @@
 //! `lab/run --containerd` and `--containerd=2` have what these need; see `tests/run`.
 
 mod block;
+mod images;
+mod resources;
 mod restart;
 mod roots;
+mod security;
 mod semantics;
+mod sharing;
 mod streaming;
 mod volumes;
 
 use std::io::Read;
 use std::net::TcpStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use fixture::cri::api::PortMapping;
 use fixture::cri::{
-    Code, Executed, Pod, STDERR, STDIN, STDOUT, debian, eventually, handler_and_runc, handlers_and_runc, is_hull,
+    Code, Container, Executed, Pod, STDERR, STDIN, STDOUT, Streams, debian, eventually, handler_and_runc,
+    handlers_and_runc, is_hull,
 };
 
 /// A port of the node that is published.
 const HOST_PORT: u16 = 18080;
+/// Seconds that an exec is idle for. Elsewhere execs have been seen to freeze after thirty.
+const IDLE_SECONDS: u64 = 35;
+/// More of them, such as an hour.
+const IDLE_SECONDS_VARIABLE: &str = "HULL_TEST_IDLE_SECONDS";
+
+/// What is seen with each handler is what is seen with runc, which comes last.
+#[track_caller]
+fn all_alike(seen: &[String]) {
+    for other in seen {
+        assert_eq!(Some(other), seen.last());
+    }
+}
 
 /// What a client sees of the life of a pod with a container.
 #[derive(Debug, PartialEq, Eq)]
@@ -99,11 +117,50 @@ fn a_container_is_reached_through_ports_and_probes() {
 
 #[test]
 fn exec_and_attach_carry_streams_terminals_and_the_exit_status() {
+    // All of them are idle at once. They go in the other order, so that each ends with all that came before it.
+    let mut pods: Vec<(&str, Pod, Idle)> = Vec::new();
     for handler in handler_and_runc() {
         let pod = Pod::start(handler, |_| {});
+        let idle = Idle::start(&pod);
         exec_and_attach_carry_streams(handler, &pod);
         a_terminal_has_a_size_and_passes_interrupts_on(handler, &pod);
+        pods.push((handler, pod, idle));
+    }
+    while let Some((handler, pod, idle)) = pods.pop() {
+        idle.end(handler);
         pod.end();
+    }
+}
+
+/// Execs that nothing is said to, and that say nothing, for a while.
+struct Idle {
+    since: Instant,
+    _container: Container,
+    piped: Streams,
+    terminal: Streams,
+}
+
+impl Idle {
+    fn start(pod: &Pod) -> Self {
+        let container = pod.run("idle", "exec sleep 100000", |_| {});
+        let script = "echo ready; read line; echo out $line; read line; echo again $line; exit 3";
+        let (mut piped, mut terminal) = (container.stream(script, false), container.stream(script, true));
+        piped.expect(STDOUT, b"ready\n");
+        terminal.expect(STDOUT, b"ready\r\n");
+        Self { since: Instant::now(), _container: container, piped, terminal }
+    }
+
+    fn end(mut self, handler: &str) {
+        let seconds = std::env::var(IDLE_SECONDS_VARIABLE).map(|text| text.parse().expect("a number of seconds"));
+        let idle = Duration::from_secs(seconds.unwrap_or(IDLE_SECONDS));
+        std::thread::sleep(idle.saturating_sub(self.since.elapsed()));
+        for (streams, end) in [(&mut self.piped, "\n"), (&mut self.terminal, "\r\n")] {
+            for word in ["out", "again"] {
+                streams.send(STDIN, b"word\n");
+                streams.expect(STDOUT, format!("{word} word{end}").as_bytes());
+            }
+            assert_eq!(streams.exit_code(), 3, "{handler}");
+        }
     }
 }
 
@@ -180,36 +237,53 @@ fn they_share_localhost_and_memory(handler: &str, pod: &Pod) {
 }
 
 fn they_see_a_config_map_change(handler: &str, pod: &Pod) {
-    let volume = pod.volume("kubernetes.io~configmap", "config");
-    publish(&volume, 1, "old");
+    let plugins = ["configmap", "secret", "projected", "downward-api"];
+    let volumes: Vec<(String, PathBuf)> =
+        plugins.map(|plugin| (format!("/{plugin}"), pod.volume(&format!("kubernetes.io~{plugin}"), "config"))).into();
+    for (_, volume) in &volumes {
+        publish(volume, 1, "old");
+    }
     let container = pod.run("watcher", "", |config| {
         config.image.mut_or_insert_default().image = debian().to_owned();
         config.command = ["python3", "-u", "-c", WATCH].map(str::to_owned).into();
-        config.mount(&volume, "/config", true);
+        for (path, volume) in &volumes {
+            config.command.push(path.clone());
+            config.mount(volume, path, true);
+        }
     });
-    assert_eq!(container.exec("cat /config/key"), "old", "{handler}");
+    let read = "cat /configmap/key /secret/key /projected/key /downward-api/key";
+    assert_eq!(container.exec(read), "oldoldoldold", "{handler}");
     container.logs("stdout F watching");
-    publish(&volume, 2, "new");
-    container.logs("stdout F told of new");
-    eventually("the new value is read", || match container.exec("cat /config/key") {
-        value if value == "new" => Ok(()),
-        value => Err(value),
+    for (path, volume) in &volumes {
+        publish(volume, 2, "new");
+        container.logs(&format!("stdout F {path}: told of new"));
+    }
+    eventually("the new values are read", || match container.exec(read) {
+        values if values == "newnewnewnew" => Ok(()),
+        values => Err(values),
     });
-    let refused = container.try_exec("echo mine >/config/key", 0).unwrap();
-    assert!(refused.code != 0 && refused.stderr.contains("Read-only"), "{handler}: {refused:?}");
+    for (path, _) in &volumes {
+        let refused = container.try_exec(&format!("echo mine >{path}/key"), 0).unwrap();
+        assert!(refused.code != 0 && refused.stderr.contains("Read-only"), "{handler}: {refused:?}");
+    }
 }
 
-/// Tells what is in the file when inotify tells that the link to it has been replaced.
+/// Tells what is in a volume's file when inotify tells that the link to it has been replaced.
 const WATCH: &str = r#"
-import ctypes, os
+import ctypes, os, struct, sys
 libc = ctypes.CDLL(None)
 fd = libc.inotify_init()
-assert libc.inotify_add_watch(fd, b"/config", 0x80) >= 0  # IN_MOVED_TO
+IN_MOVED_TO = 0x80
+watched = {libc.inotify_add_watch(fd, path.encode(), IN_MOVED_TO): path for path in sys.argv[1:]}
+assert min(watched) >= 0
 print("watching")
-while b"..data\0" not in os.read(fd, 4096):
-    pass
-print("told of", open("/config/key").read())
-import signal; signal.pause()
+while True:
+    events = os.read(fd, 4096)
+    while events:
+        watch, _, _, length = struct.unpack_from("iIII", events)
+        name, events = events[16:16 + length].rstrip(b"\0"), events[16 + length:]
+        if name == b"..data":
+            print(f"{watched[watch]}: told of", open(f"{watched[watch]}/key").read())
 "#;
 
 /// Writes a ConfigMap's file as the kubelet does: a new directory, and a link to it in one step.

@@ -15,6 +15,15 @@ pub fn set_read_only(tree: BorrowedFd<'_>) -> io::Result<()> {
     set(tree, &libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 })
 }
 
+/// Has a tree of mounts follow no other: what is mounted below its source, or unmounted, from now on is not so in the tree.
+///
+/// # Errors
+///
+/// Fails where the caller lacks `CAP_SYS_ADMIN`; with `ENOSYS` before Linux 5.12.
+pub fn set_private(tree: BorrowedFd<'_>) -> io::Result<()> {
+    set(tree, &libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 })
+}
+
 /// Has files of a tree of mounts belong to others than their file system says, as `owners` maps them: a user of the file system is one
 /// inside of that namespace, and is seen as the one outside.
 ///

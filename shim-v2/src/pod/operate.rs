@@ -1,6 +1,7 @@
 //! What can be done with containers and processes while they are there.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskPaused, TaskResumed};
@@ -198,7 +199,11 @@ impl Pod {
         }
         match process.guest()?.stats().await {
             Ok(answer) => Ok(stats::metrics(&answer)),
-            Err(error) => Err(self.vm()?.explain(error).await),
+            Err(error) => match self.vm()?.explain(error).await {
+                // What it used went with the guest. Whether memory ran out is known, and that is what is asked for after an end.
+                Error::Gone(_) if process.exit().is_some() => Ok(stats::last(process.told_oom.load(Ordering::Relaxed))),
+                error => Err(error),
+            },
         }
     }
 

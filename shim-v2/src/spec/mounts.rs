@@ -46,8 +46,10 @@ pub(super) fn translate(mounts: &mut [Mount], place: &mut impl FnMut(&Placed) ->
             tracing::info!("the mount at {destination} shows the guest's {}", source.display());
             continue;
         }
-        let read_only = options.iter().any(|option| option == "ro" || option == "rro");
-        let placed = Placed { index, volume: Volume { source, read_only, ..Default::default() } };
+        let has = |names: [&str; 2]| options.iter().any(|option| names.contains(&option.as_str()));
+        // In the guest there are no mounts but those that the host makes, so it is here that they are kept away.
+        let (read_only, private) = (has(["ro", "rro"]), has(["private", "rprivate"]));
+        let placed = Placed { index, volume: Volume { source, read_only, private, ..Default::default() } };
         mount.set_source(Some(PathBuf::from(place(&placed)?)));
     }
     Ok(())
@@ -62,7 +64,9 @@ mod tests {
     fn sources(mounts: &Value) -> Vec<String> {
         let mut mounts: Vec<Mount> = serde_json::from_value(mounts.clone()).unwrap();
         translate(&mut mounts, &mut |placed| {
-            Ok(format!("/share/{}{}", placed.index, if placed.volume.read_only { "/ro" } else { "" }))
+            let Volume { read_only, private, .. } = placed.volume;
+            let (read_only, private) = (if read_only { "/ro" } else { "" }, if private { "/private" } else { "" });
+            Ok(format!("/share/{}{read_only}{private}", placed.index))
         })
         .unwrap();
         mounts.iter().map(|mount| mount.source().clone().unwrap_or_default().display().to_string()).collect()
@@ -76,8 +80,11 @@ mod tests {
             { "destination": "/data", "type": "none", "source": "/srv", "options": ["rbind"] },
             { "destination": "/dev/shm", "type": "bind", "source": "/run/containerd/shm", "options": ["rbind"] },
             { "destination": "/host/sys", "type": "bind", "source": "/sys/fs", "options": ["rbind"] },
+            { "destination": "/own", "type": "bind", "source": "/srv", "options": ["rbind", "rprivate", "rw"] },
+            { "destination": "/later", "type": "bind", "source": "/srv", "options": ["rbind", "rslave", "rro"] },
         ]);
-        assert_eq!(sources(&mounts), ["proc", "/share/1/ro", "/share/2", "/dev/shm", "/sys/fs"]);
+        let expected = ["proc", "/share/1/ro", "/share/2", "/dev/shm", "/sys/fs", "/share/5/private", "/share/6/ro"];
+        assert_eq!(sources(&mounts), expected);
     }
 
     #[test]

@@ -5,7 +5,9 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use fixture::cri::api::{HugepageLimit, IDMapping, Mount, PodSandboxConfig, UserNamespace};
-use fixture::cri::{Code, Pod, Traces, cri, eventually, handler_and_runc, handlers_and_runc};
+use fixture::cri::{Code, Pod, Traces, cri, eventually, handler_and_runc, handlers, handlers_and_runc};
+
+use super::all_alike;
 
 /// How long an event may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -39,14 +41,6 @@ fn sysctls_of_a_pod_hold_in_its_containers() {
         let status = unknown.unwrap_err();
         assert!(status.message().contains("no_such_thing"), "{handler}: {status}");
         eventually("nothing of the pod is left", || before.are_all());
-    }
-}
-
-/// What is seen with each handler is what is seen with runc, which comes last.
-#[track_caller]
-fn all_alike(seen: &[String]) {
-    for other in seen {
-        assert_eq!(Some(other), seen.last());
     }
 }
 
@@ -115,6 +109,33 @@ fn a_pod_with_users_of_its_own_sees_files_as_they_are() {
         let owner = fs::metadata(volume.join("own")).unwrap();
         assert_eq!((owner.uid(), owner.gid()), (7, 8), "{handler}");
         pod.end();
+    }
+}
+
+#[test]
+fn namespaces_of_the_nodes_are_refused_with_the_reason() {
+    /// In CRI.
+    const OF_THE_NODE: i32 = 2;
+    const NAMES: [&str; 3] = ["hostNetwork", "hostPID", "hostIPC"];
+    for &handler in handlers() {
+        // containerd 2.1 ends by a nil pointer of its own at hostNetwork with the sandboxer `shim`, before anybody is asked.
+        let names = if !cri().is_of_version_1() && handler == "kata" { &NAMES[1..] } else { &NAMES[..] };
+        for &name in names {
+            let before = Traces::now();
+            let refused = Pod::try_start(handler, |config| {
+                let options = config.security().namespace_options.mut_or_insert_default();
+                match name {
+                    "hostNetwork" => options.network = OF_THE_NODE,
+                    "hostPID" => options.pid = OF_THE_NODE,
+                    _ => options.ipc = OF_THE_NODE,
+                }
+            });
+            let status = refused.unwrap_err();
+            println!("{handler}: {status:?}");
+            assert!(status.message().contains(name), "{handler}: {status}");
+            assert_ne!(status.code(), Code::DeadlineExceeded, "{handler}");
+            eventually("nothing of the pod is left", || before.are_all());
+        }
     }
 }
 

@@ -3,8 +3,9 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
+use std::time::Duration;
 
-use fixture::cri::{Pod, handler_and_runc, handlers, is_hull};
+use fixture::cri::{Container, Pod, handler_and_runc, handlers, is_hull};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// What containers see of the emptyDirs in memory of a pod.
@@ -125,4 +126,60 @@ fn a_read_only_volume_is_so_on_the_node_whatever_the_guest_does() {
     // Before the pod is looked for: the mount is not the pod's.
     umount2(&below, MntFlags::MNT_DETACH).unwrap();
     pod.end();
+}
+
+/// How long a change on the node may take to be seen.
+const A_SECOND: Duration = Duration::from_secs(1);
+
+#[test]
+fn directories_of_the_node_are_seen_as_they_are() {
+    for handler in handler_and_runc() {
+        println!("with {handler}");
+        let node = tempfile::tempdir_in("/var/tmp").unwrap();
+        let below = node.path().join("below");
+        fs::create_dir(&below).unwrap();
+        mount(None::<&str>, &below, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        let pod = Pod::start(handler, |_| {});
+        let disk = pod.volume("kubernetes.io~empty-dir", "disk");
+        let part = pod.part_of_volume(&disk, "a part/inner", "main", 0);
+        let container = pod.run("main", "exec sleep 1000", |config| {
+            config.mount(node.path(), "/node", false);
+            config.mount(&disk, "/disk", false);
+            config.mount(&part, "/part", false);
+            config.mount(node.path(), "/readonly", true);
+        });
+        let refused = |path: &str| {
+            let done = container.try_exec(&format!("echo mine >{path}"), 0).unwrap();
+            done.code != 0 && done.stderr.contains("Read-only")
+        };
+        container.exec("echo here >/part/file; echo there >'/disk/a part/inner/other'");
+        assert_eq!(container.exec("cat '/disk/a part/inner/file' /part/other"), "here\nthere", "{handler}");
+        assert_eq!(fs::read_to_string(disk.join("a part/inner/file")).unwrap(), "here\n", "{handler}");
+
+        assert!(refused("/readonly/file"), "{handler}");
+        // Hull leaves it to the node what a guest may write, and that with all that is below.
+        assert_eq!(refused("/readonly/below/file"), is_hull(handler), "{handler}");
+
+        changes_of_the_node_are_seen_within_a_second(handler, node.path(), &container);
+        umount2(&below, MntFlags::MNT_DETACH).unwrap();
+        pod.end();
+    }
+}
+
+fn changes_of_the_node_are_seen_within_a_second(handler: &str, node: &Path, container: &Container) {
+    fs::write(node.join("changed"), "old").unwrap();
+    fs::write(node.join("removed"), "").unwrap();
+    let look = || container.exec("cd /node; cat changed; echo; ls");
+    assert_eq!(look(), "old\nbelow\nchanged\nremoved", "{handler}");
+    // As long as the old one, so that its size does not give it away.
+    fs::write(node.join("changed"), "new").unwrap();
+    fs::remove_file(node.join("removed")).unwrap();
+    fs::write(node.join("added"), "").unwrap();
+    std::thread::sleep(A_SECOND);
+    assert_eq!(look(), "new\nadded\nbelow\nchanged", "{handler}");
+    // Another in its place, as editors and deployments do.
+    fs::write(node.join("another"), "two").unwrap();
+    fs::rename(node.join("another"), node.join("changed")).unwrap();
+    std::thread::sleep(A_SECOND);
+    assert_eq!(look(), "two\nadded\nbelow\nchanged", "{handler}");
 }

@@ -1,0 +1,121 @@
+//! What a container's processes may do, and as whom: the same for its first one and for those of ExecSync, and the same as with runc.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
+
+use fixture::cri::api::{ContainerConfig, SecurityProfile};
+use fixture::cri::{Pod, handler_and_runc};
+
+use super::all_alike;
+
+/// What the kernel says of a process's rights.
+const RIGHTS: &str = "id; grep -E '^(Groups|Cap[A-Z][a-z]*|NoNewPrivs|Seccomp):' /proc/self/status";
+
+/// Refuses one thing.
+const NO_DIRECTORIES: &str = r#"{
+    "defaultAction": "SCMP_ACT_ALLOW",
+    "architectures": ["SCMP_ARCH_X86_64"],
+    "syscalls": [{ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95 }]
+}"#;
+
+/// Runs a container and tells its rights, and what `script` does in it.
+fn rights(pod: &Pod, name: &str, script: &str, change: impl FnOnce(&mut ContainerConfig)) -> String {
+    let container = pod.run(name, &format!("{RIGHTS}; echo told; exec sleep 1000"), change);
+    container.logs("stdout F told");
+    let first: Vec<String> =
+        container.log_lines().iter().map(|line| line.trim_start_matches("stdout F ").to_owned()).collect();
+    let first = first.join("\n");
+    let executed = container.exec(RIGHTS);
+    assert_eq!(first, format!("{executed}\ntold"), "{name}: the first process has other rights than one of ExecSync");
+    let done = container.try_exec(script, 0).unwrap();
+    format!("{name}:\n{executed}\n{}{}", done.stdout, done.stderr)
+}
+
+#[test]
+fn a_container_has_the_rights_that_its_pod_names_and_no_others() {
+    let seen: Vec<String> = handler_and_runc()
+        .into_iter()
+        .map(|handler| {
+            println!("with {handler}");
+            let pod = Pod::start(handler, |config| {
+                config.security().supplemental_groups = vec![3456];
+                config.security().seccomp = Some(SecurityProfile::runtime_default()).into();
+            });
+            let seen = [confined(&pod), somebody(&pod), filtered(&pod), free(&pod)].join("\n");
+            println!("{seen}");
+            pod.end();
+            seen
+        })
+        .collect();
+    for told in [
+        "Seccomp:\t2",
+        "uid=1234 gid=2345 groups=2345,3456,4567",
+        "touch: /file: Read-only file system",
+        "mkdir: can't create directory '/new': Operation not supported",
+    ] {
+        assert!(seen[0].contains(told), "{told:?} is not in {}", seen[0]);
+    }
+    all_alike(&seen);
+}
+
+/// As most containers are.
+fn confined(pod: &Pod) -> String {
+    // Each is in every guest and on every node.
+    let script = "wc -c </proc/version; ls /sys/kernel | wc -l; echo 1 >/proc/sys/vm/overcommit_memory; touch /etc/new; \
+                  unshare -U true; mkdir /new && echo made";
+    rights(pod, "confined", script, |config| {
+        let security = config.security();
+        security.seccomp = Some(SecurityProfile::runtime_default()).into();
+        security.masked_paths = ["/proc/version", "/sys/kernel", "/no/such/path"].map(str::to_owned).into();
+        security.readonly_paths = ["/proc/sys", "/etc"].map(str::to_owned).into();
+        security.capabilities.mut_or_insert_default().drop_capabilities = vec!["CHOWN".into()];
+        security.capabilities.mut_or_insert_default().add_capabilities = vec!["NET_ADMIN".into()];
+    })
+}
+
+/// As the restricted policy of Kubernetes wants them, with a volume that belongs to the pod's group.
+fn somebody(pod: &Pod) -> String {
+    let volume = pod.volume("kubernetes.io~empty-dir", "of-the-group");
+    chown(&volume, Some(0), Some(3456)).unwrap();
+    fs::set_permissions(&volume, fs::Permissions::from_mode(0o2770)).unwrap();
+    let script = "touch /file; touch /volume/file; stat -c '%u %g %a' /volume/file; echo $HOME";
+    rights(pod, "somebody", script, |config| {
+        config.mount(&volume, "/volume", false);
+        let security = config.security();
+        security.run_as_user = Some(1234.into()).into();
+        security.run_as_group = Some(2345.into()).into();
+        security.supplemental_groups = vec![3456, 4567];
+        security.seccomp = Some(SecurityProfile::runtime_default()).into();
+        security.capabilities.mut_or_insert_default().drop_capabilities = vec!["ALL".into()];
+        security.capabilities.mut_or_insert_default().add_capabilities = vec!["NET_BIND_SERVICE".into()];
+        security.no_new_privs = true;
+        security.readonly_rootfs = true;
+    })
+}
+
+/// With a profile of the node's, by a name in the image.
+fn filtered(pod: &Pod) -> String {
+    let profile = pod.file("no-directories.json", NO_DIRECTORIES);
+    rights(pod, "filtered", "mkdir /new; touch /dev/shm/file && echo touched; echo $HOME", |config| {
+        let security = config.security();
+        security.run_as_username = "nobody".into();
+        security.seccomp = Some(SecurityProfile::localhost(profile.to_str().unwrap())).into();
+        security.apparmor = Some(SecurityProfile::unconfined()).into();
+    })
+}
+
+/// Without a filter, and with all capabilities.
+fn free(pod: &Pod) -> String {
+    rights(pod, "free", "unshare -U true && echo unshared", |config| {
+        let security = config.security();
+        security.seccomp = Some(SecurityProfile::unconfined()).into();
+        security.capabilities.mut_or_insert_default().add_capabilities = vec!["ALL".into()];
+    })
+}
+
+#[test]
+fn a_label_of_apparmor_is_accepted() {
+    // By ctr, for containerd keeps labels from runtimes on a node whose kernel does not have AppArmor, as the lab's.
+    let said = fixture::containerd::run_script("labelled", ["--apparmor-profile", "of-the-node"], "echo runs");
+    assert_eq!(said.text().trim(), "runs", "{}", said.stderr);
+}

@@ -1,6 +1,6 @@
 //! One FUSE request from the queue to its answer (virtio 1.3, section 5.11.6).
 //!
-//! Most requests go to the server of fuse-backend-rs. Kept from it are those about [locks](super::locks) and [watches](super::watches), which may wait, those it does not know (`FUSE_TMPFILE`,
+//! Most requests go to the server of fuse-backend-rs. Kept from it are those about [locks](super::locks) and [watches], which may wait, those it does not know (`FUSE_TMPFILE`,
 //! `FUSE_COPY_FILE_RANGE`, `FUSE_SYNCFS`, `FUSE_STATX`), those whose newer form it does not know (`FUSE_INIT`, `FUSE_SETXATTR`), those that
 //! change something if the share is read-only, and those that do not parse, which it may leave without an answer.
 

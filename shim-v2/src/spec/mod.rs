@@ -116,7 +116,11 @@ pub(crate) fn translate(mut spec: Spec, root: &str, mut place: impl FnMut(&Place
     if let Some(process) = spec.process_mut() {
         drop_labels(process);
     }
+    let shares_memory = namespace(&spec, LinuxNamespaceType::Ipc).is_some_and(|namespace| namespace.path().is_some());
     if let Some(mounts) = spec.mounts_mut() {
+        if shares_memory {
+            mounts::share_memory(mounts);
+        }
         mounts::translate(mounts, &mut place)?;
     }
     let mut owns_uts = false;

@@ -18,6 +18,25 @@ pub(crate) struct Placed {
 /// File systems of the kernel: what the guest's own kernel shows there is what is meant.
 const OF_THE_KERNEL: [&str; 3] = ["/proc", "/sys", "/dev"];
 
+/// Where System V's and POSIX's shared memory is.
+const SHARED_MEMORY: &str = "/dev/shm";
+
+/// Has a container that shares its pod's IPC namespace see the pod's shared memory. containerd mounts that from the node, but with the
+/// sandboxer `shim` leaves it at a file system of the container's own.
+pub(super) fn share_memory(mounts: &mut [Mount]) {
+    let own =
+        |mount: &&mut Mount| mount.destination() == Path::new(SHARED_MEMORY) && mount.typ().as_deref() == Some("tmpfs");
+    for mount in mounts.iter_mut().filter(own) {
+        let mut options = mount.options().clone().unwrap_or_default();
+        // Size and mode are those of the pod's.
+        options.retain(|option| !option.contains('='));
+        options.push("rbind".into());
+        mount.set_typ(Some("bind".into()));
+        mount.set_source(Some(SHARED_MEMORY.into()));
+        mount.set_options(Some(options));
+    }
+}
+
 /// Gives every mount whose source is on the host one in the guest.
 pub(super) fn translate(mounts: &mut [Mount], place: &mut impl FnMut(&Placed) -> Result<String>) -> Result<()> {
     for (index, mount) in mounts.iter_mut().enumerate() {
@@ -37,9 +56,9 @@ pub(super) fn translate(mounts: &mut [Mount], place: &mut impl FnMut(&Placed) ->
                 source.display()
             )));
         }
-        if mount.destination() == Path::new("/dev/shm") {
-            // The pod's shared memory, and what shares it is in the guest.
-            mount.set_source(Some("/dev/shm".into()));
+        if mount.destination() == Path::new(SHARED_MEMORY) {
+            // The pod's, and what shares it is in the guest.
+            mount.set_source(Some(SHARED_MEMORY.into()));
             continue;
         }
         if OF_THE_KERNEL.iter().any(|dir| source.starts_with(dir)) {
@@ -85,6 +104,21 @@ mod tests {
         ]);
         let expected = ["proc", "/share/1/ro", "/share/2", "/dev/shm", "/sys/fs", "/share/5/private", "/share/6/ro"];
         assert_eq!(sources(&mounts), expected);
+    }
+
+    #[test]
+    fn shared_memory_is_the_pods_and_others_mounts_stay() {
+        let mounts = json!([
+            { "destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "mode=1777", "size=65536k"] },
+            { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"] },
+        ]);
+        let mut mounts: Vec<Mount> = serde_json::from_value(mounts).unwrap();
+        let other = mounts[1].clone();
+        share_memory(&mut mounts);
+        let expected =
+            json!({ "destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["nosuid", "rbind"] });
+        assert_eq!(serde_json::to_value(&mounts[0]).unwrap(), expected);
+        assert_eq!(mounts[1], other);
     }
 
     #[test]

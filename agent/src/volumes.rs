@@ -1,4 +1,4 @@
-//! Volumes in the guest's memory that the containers of a sandbox share: a tmpfs each, made for the first container that names it
+//! Volumes in the guest's memory that the containers of a sandbox share: a tmpfs or hugetlbfs each, made for the first container that names it
 //! and there until the guest ends, as an emptyDir outlives the containers of its pod.
 //!
 //! What is in them the containers have made, so on the way to a part of one no link is followed: it would lead a container out of
@@ -24,6 +24,8 @@ use crate::storage::Mounted;
 /// What a volume leaves of the guest's memory to its programs, unless that is more than half. The kubelet's own limit can be all of
 /// the node's memory.
 const SPARED_BYTES: u64 = 64 << 20;
+/// The kernel's settings of huge pages, by their sizes.
+const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages";
 
 /// A container's view of a volume.
 #[derive(Debug)]
@@ -31,6 +33,8 @@ pub(crate) struct Volume {
     pub(crate) name: String,
     /// 0 leaves it to the kernel: half of the guest's memory.
     pub(crate) size_bytes: u64,
+    /// Of huge pages, which the volume is made of; 0 for a tmpfs.
+    pub(crate) page_bytes: u64,
     pub(crate) mode: u32,
     pub(crate) uid: u32,
     pub(crate) gid: u32,
@@ -88,9 +92,17 @@ impl Drop for Volumes {
 impl Volume {
     fn make(&self, root: &Path) -> Result<()> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(root).step("make a volume's directory")?;
-        let options = self.options(total_memory_bytes());
+        let total_bytes = total_memory_bytes();
+        let options = self.options(total_bytes);
+        let kind = if self.page_bytes == 0 {
+            "tmpfs"
+        } else {
+            allow_huge_pages(self.page_bytes, total_bytes)?;
+            "hugetlbfs"
+        };
         // What programs may do with it is what they may do with the kubelet's.
-        mount("tmpfs", root, "tmpfs", MountFlags::empty(), options.as_c_str()).step("mount a volume's tmpfs")
+        mount(kind, root, kind, MountFlags::empty(), options.as_c_str())
+            .step_with(|| format!("mount a volume's {kind}"))
     }
 
     fn options(&self, total_bytes: u64) -> std::ffi::CString {
@@ -98,6 +110,9 @@ impl Volume {
         if self.size_bytes != 0 {
             let most = total_bytes.saturating_sub(SPARED_BYTES).max(total_bytes / 2);
             options.push_str(&format!(",size={}", self.size_bytes.min(most)));
+        }
+        if self.page_bytes != 0 {
+            options.push_str(&format!(",pagesize={}", self.page_bytes));
         }
         // Numbers have no zero byte.
         std::ffi::CString::new(options).unwrap_or_default()
@@ -132,6 +147,14 @@ fn bind(source: impl AsFd, target: &Path) -> io::Result<()> {
     Ok(move_mount(tree, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
+/// Lets programs have huge pages of this size, made of what memory is free when they map them: a guest sets none aside, so that
+/// volumes that are not used cost nothing. How many each container may have is its cgroup's to say.
+fn allow_huge_pages(page_bytes: u64, total_bytes: u64) -> Result<()> {
+    let most = format!("{HUGE_PAGES}/hugepages-{}kB/nr_overcommit_hugepages", page_bytes >> 10);
+    fs::write(&most, (total_bytes / page_bytes).to_string())
+        .step_with(|| format!("allow huge pages of {page_bytes} bytes by {most} (2 MiB is the size that guests have)"))
+}
+
 fn total_memory_bytes() -> u64 {
     let system = sysinfo();
     system.totalram.saturating_mul(system.mem_unit.into())
@@ -150,6 +173,7 @@ mod tests {
         Volume {
             name: "0".into(),
             size_bytes: 0,
+            page_bytes: 0,
             mode: 0o2770,
             uid: 5,
             gid: 7,
@@ -167,6 +191,8 @@ mod tests {
         assert_eq!(limited(1 << 40, 512 << 20), format!("mode=2770,uid=5,gid=7,size={}", 448 << 20));
         assert_eq!(limited(1 << 40, 100 << 20), format!("mode=2770,uid=5,gid=7,size={}", 50 << 20));
         assert_eq!(limited(0, 1 << 30), "mode=2770,uid=5,gid=7");
+        let huge = Volume { page_bytes: 2 << 20, ..volume("", &[]) };
+        assert_eq!(huge.options(1 << 30).to_str(), Ok("mode=2770,uid=5,gid=7,pagesize=2097152"));
     }
 
     #[test]

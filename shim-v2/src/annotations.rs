@@ -68,6 +68,8 @@ pub(crate) struct Size {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Limits {
     pub(crate) memory_bytes: u64,
+    /// Of huge pages, which come on top.
+    pub(crate) huge_pages_bytes: u64,
     pub(crate) cpu_quota_us: u64,
     pub(crate) cpu_period_us: u64,
 }
@@ -81,6 +83,8 @@ impl Limits {
     pub(crate) fn of_sandbox(annotations: &Annotations) -> Result<Self> {
         Ok(Self {
             memory_bytes: number(annotations, "io.kubernetes.cri.sandbox-memory")?,
+            // CRI does not tell.
+            huge_pages_bytes: 0,
             cpu_quota_us: number(annotations, "io.kubernetes.cri.sandbox-cpu-quota")?,
             cpu_period_us: number(annotations, "io.kubernetes.cri.sandbox-cpu-period")?,
         })
@@ -127,6 +131,7 @@ pub(crate) fn size(annotations: &Annotations, limits: Limits, settings: &Setting
         (0, Some(mib)) => mib,
         (bytes, base) => base.unwrap_or(pod.overhead_mib.value.get()).saturating_add(bytes.div_ceil(MIB)),
     };
+    let memory_mib = memory_mib.saturating_add(limits.huge_pages_bytes.div_ceil(MIB));
     let memory_mib = memory_mib.min(asked("default_maxmemory")?.filter(|max| *max > 0).unwrap_or(u64::MAX));
     let memory_mib = at_most("MiB of memory", memory_mib, pod.max_memory_mib.value.get());
     let mut words = vec![guest.kernel_params.value.as_str()];
@@ -219,8 +224,11 @@ mod tests {
     fn a_pod_without_limits_gets_the_default_and_one_with_limits_the_overhead_on_top() {
         let default = sized(&annotations([]), Limits::default()).unwrap();
         assert_eq!((default.cpus, default.memory_mib), (1, 512));
-        let limits = Limits { memory_bytes: 16 * MIB, cpu_quota_us: 150_000, cpu_period_us: 100_000 };
+        let limits =
+            Limits { memory_bytes: 16 * MIB, cpu_quota_us: 150_000, cpu_period_us: 100_000, ..Limits::default() };
         let small = sized(&annotations([]), limits).unwrap();
+        let huge = sized(&annotations([]), Limits { huge_pages_bytes: 4 * MIB, ..limits }).unwrap();
+        assert_eq!(huge.memory_mib, small.memory_mib + 4);
         assert_eq!((small.cpus, small.memory_mib), (2, 96 + 16));
         let node = settings("guest = { default_vcpus = 3, default_memory_mib = 256 }\npod.overhead_mib = 64");
         let default = size(&annotations([]), Limits::default(), &node).unwrap();
@@ -269,7 +277,7 @@ mod tests {
     #[test]
     fn a_pod_can_grow_by_what_the_node_spares_or_to_what_it_asks_for() {
         let grown = |asked: &[(&str, &str)], quota, node: &str| {
-            let limits = Limits { memory_bytes: 0, cpu_quota_us: quota, cpu_period_us: 1 };
+            let limits = Limits { cpu_quota_us: quota, cpu_period_us: 1, ..Limits::default() };
             let asked: Vec<_> = asked
                 .iter()
                 .map(|(key, value)| (format!("io.katacontainers.config.hypervisor.{key}"), *value))
@@ -312,7 +320,8 @@ mod tests {
     #[test]
     fn nothing_is_larger_than_the_node_allows() {
         let node = settings("pod = { max_vcpus = 2, max_memory_mib = 1024 }");
-        let limits = Limits { memory_bytes: u64::MAX, cpu_quota_us: u64::MAX, cpu_period_us: 1 };
+        let limits =
+            Limits { memory_bytes: u64::MAX, huge_pages_bytes: u64::MAX, cpu_quota_us: u64::MAX, cpu_period_us: 1 };
         let asked = annotations([
             ("io.katacontainers.config.hypervisor.default_maxvcpus", "32"),
             ("io.katacontainers.config.hypervisor.default_maxmemory", "4096"),
@@ -336,7 +345,7 @@ mod tests {
         fn no_annotation_makes_sizing_panic(value in "\\PC*", memory: u64, quota: u64, period: u64) {
             for key in ["default_vcpus", "default_memory", "default_maxvcpus", "default_maxmemory"] {
                 let name = format!("io.katacontainers.config.hypervisor.{key}");
-                let limits = Limits { memory_bytes: memory, cpu_quota_us: quota, cpu_period_us: period };
+                let limits = Limits { memory_bytes: memory, huge_pages_bytes: memory, cpu_quota_us: quota, cpu_period_us: period };
                 let _ = sized(&annotations([(&name, &value)]), limits);
             }
             let _ = Limits::of_sandbox(&annotations([("io.kubernetes.cri.sandbox-memory", &value)]));

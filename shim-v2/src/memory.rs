@@ -1,5 +1,5 @@
-//! emptyDirs in memory: each becomes a tmpfs of the guest's own, with the limit, permissions and owner of the one that the kubelet
-//! has mounted on the node. That one stays empty.
+//! emptyDirs in memory: each becomes a tmpfs, or a hugetlbfs, of the guest's own, with the limit, permissions and owner of the one that the
+//! kubelet has mounted on the node. That one stays empty.
 //!
 //! Only where the node's holds files already when its first container comes, which the kubelet never does, is it shared as any
 //! other directory. Directories are no reason: the kubelet makes those that a `subPath` names, and so does the guest.
@@ -19,8 +19,9 @@ use hull_protocol::agent::{File, MemoryVolume, file};
 const PLUGIN: &str = "kubernetes.io~empty-dir";
 /// Where, in the pod's directory, the kubelet has bind mounts of parts of volumes: VOLUME/CONTAINER/N.
 const PARTS: &str = "volume-subpaths";
-/// f_type of statfs(2).
+// f_type of statfs(2).
 const TMPFS_MAGIC: u64 = 0x0102_1994;
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
 /// What has been decided of a pod's volumes, so that all of its containers see the same ones.
 #[derive(Debug, Default)]
@@ -51,9 +52,10 @@ impl MemoryVolumes {
         let source = source.canonicalize()?;
         let Some(volume) = volume_of(&source, uid) else { return Ok(None) };
         let (root, part) = (fs::metadata(&volume)?, fs::metadata(&source)?);
-        if root.dev() != part.dev() || !is_tmpfs_mount(&volume, &root)? {
+        if root.dev() != part.dev() {
             return Ok(None);
         }
+        let Some(page_bytes) = page_bytes_of_mount(&volume, &root)? else { return Ok(None) };
         let mut tree = Tree::default();
         tree.read(&volume, Path::new(""))?;
         let number = {
@@ -71,6 +73,7 @@ impl MemoryVolumes {
         Ok(Some(MemoryVolume {
             name: number.to_string(),
             size_bytes: statistics.f_blocks.saturating_mul(statistics.f_frsize),
+            page_bytes,
             mode: root.mode() & 0o7777,
             uid: root.uid(),
             gid: root.gid(),
@@ -101,10 +104,19 @@ fn volume_of(source: &Path, uid: Option<&str>) -> Option<PathBuf> {
     }
 }
 
-fn is_tmpfs_mount(path: &Path, metadata: &Metadata) -> io::Result<bool> {
+/// The size of the huge pages of the hugetlbfs that is mounted at `path`, or 0 for a tmpfs; none for all else.
+fn page_bytes_of_mount(path: &Path, metadata: &Metadata) -> io::Result<Option<u64>> {
     let above = path.parent().map(fs::metadata).transpose()?;
-    let is_mount_point = above.is_none_or(|above| above.dev() != metadata.dev());
-    Ok(is_mount_point && u64::try_from(rustix::fs::statfs(path)?.f_type) == Ok(TMPFS_MAGIC))
+    if above.is_some_and(|above| above.dev() == metadata.dev()) {
+        return Ok(None);
+    }
+    let statistics = rustix::fs::statfs(path)?;
+    Ok(match u64::try_from(statistics.f_type) {
+        Ok(TMPFS_MAGIC) => Some(0),
+        // Its blocks are its pages.
+        Ok(HUGETLBFS_MAGIC) => u64::try_from(statistics.f_bsize).ok(),
+        _ => None,
+    })
 }
 
 /// What the node's volume holds.

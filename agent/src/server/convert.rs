@@ -129,6 +129,7 @@ fn volume(volume: wire::MemoryVolume) -> Result<Volume> {
     Ok(Volume {
         name: volume.name,
         size_bytes: volume.size_bytes,
+        page_bytes: volume.page_bytes,
         mode: volume.mode & 0o7777,
         uid: volume.uid,
         gid: volume.gid,

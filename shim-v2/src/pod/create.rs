@@ -276,9 +276,11 @@ fn own_limits(spec: &Spec) -> Limits {
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     let memory = resources.and_then(|resources| resources.memory().as_ref());
     let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+    let huge_pages = resources.and_then(|resources| resources.hugepage_limits().as_ref()).into_iter().flatten();
     let positive = |limit: Option<i64>| limit.and_then(|limit| u64::try_from(limit).ok()).unwrap_or(0);
     Limits {
         memory_bytes: positive(memory.and_then(|memory| memory.limit())),
+        huge_pages_bytes: huge_pages.map(|limit| positive(Some(limit.limit()))).fold(0, u64::saturating_add),
         cpu_quota_us: positive(cpu.and_then(|cpu| cpu.quota())),
         cpu_period_us: cpu.and_then(|cpu| cpu.period()).unwrap_or(0),
     }

@@ -251,6 +251,10 @@ impl Sandbox {
         let resources = linux.resources.get_or_default();
         let limits = Limits {
             memory_bytes: positive(resources.memory_limit_in_bytes),
+            huge_pages_bytes: resources
+                .hugepage_limits
+                .iter()
+                .fold(0, |sum: u64, pages| sum.saturating_add(pages.limit)),
             cpu_quota_us: positive(resources.cpu_quota),
             cpu_period_us: positive(resources.cpu_period),
         };

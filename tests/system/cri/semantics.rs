@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use fixture::cri::api::{HugepageLimit, IDMapping, Mount, PodSandboxConfig, UserNamespace};
-use fixture::cri::{Code, Pod, Traces, cri, eventually, handler_and_runc, handlers, handlers_and_runc};
+use fixture::cri::{Code, Pod, Traces, cri, debian, eventually, handler_and_runc, handlers, handlers_and_runc};
 
 use super::all_alike;
 
@@ -166,25 +166,54 @@ fn an_image_is_a_volume_that_nobody_can_change() {
     all_alike(&seen);
 }
 
+/// Maps as many pages of 2 MiB of a new file as it is told, and fills them.
+const HUGE_PAGES: &str = "
+import mmap, os, sys
+size = int(sys.argv[1]) << 21
+f = os.open('/huge/' + sys.argv[1], os.O_CREAT | os.O_RDWR)
+try:
+    os.ftruncate(f, size)
+    with mmap.mmap(f, size) as pages:
+        for at in range(0, size, 4096): pages[at] = 1
+    print('filled', os.fstat(f).st_blksize)
+except OSError as error: print(os.strerror(error.errno))
+";
+
 #[test]
-fn huge_page_limits_are_what_they_are_with_runc() {
-    // containerd leaves them out unless its setting disable_hugetlb_controller is changed.
-    let seen: Vec<String> = handler_and_runc()
+fn huge_pages_and_their_limits_are_what_they_are_with_runc() {
+    // runc's come from the node, which has to have them.
+    fs::write("/proc/sys/vm/nr_hugepages", "8").unwrap();
+    let seen: Vec<[String; 4]> = handler_and_runc()
         .into_iter()
         .map(|handler| {
             let pod = Pod::start(handler, |_| {});
+            let volume = pod.huge_page_volume("huge");
             let container = pod.run("main", "sleep 1000", |config| {
+                config.image.mut_or_insert_default().image = debian().to_owned();
+                // containerd leaves them out unless its setting disable_hugetlb_controller is changed.
                 let mut pages = HugepageLimit::new();
                 (pages.page_size, pages.limit) = ("2MB".into(), 4 << 20);
                 let resources = config.linux.mut_or_insert_default().resources.mut_or_insert_default();
                 resources.hugepage_limits.push(pages);
+                config.mount(&volume, "/huge", false);
             });
-            let seen = container.exec("cat /sys/fs/cgroup/hugetlb.2MB.max");
+            let map = |pages: &str| container.exec(&format!("python3 -c \"{HUGE_PAGES}\" {pages}"));
+            let seen = [
+                container.exec("cat /sys/fs/cgroup/hugetlb.2MB.max"),
+                container.exec("grep ' /huge ' /proc/mounts | cut -d' ' -f3"),
+                map("2"),
+                // More than the container may have, and less than there is.
+                map("3"),
+            ];
             pod.end();
             seen
         })
         .collect();
-    all_alike(&seen);
+    fs::write("/proc/sys/vm/nr_hugepages", "0").unwrap();
+    assert_eq!(seen[0][2], "filled 2097152");
+    for other in &seen {
+        assert_eq!(Some(other), seen.last());
+    }
 }
 
 #[test]

@@ -55,11 +55,17 @@ fn containers_of_a_pod_share_all_but_processes_and_files() {
             let second = sleeper(&pod, "second", 1002, give);
             each_has_its_own_processes(handler, [&first, &second]);
             memory_names_and_sockets_are_the_pods(handler, &pod, &volume, [&first, &second]);
-            let seen = files_of_the_kubelets_are_theirs(handler, &second, &hosts, &log);
+            files_of_the_kubelets_are_theirs(handler, &second, &hosts, &log);
+            // With the sandboxer `shim` nobody makes this file (docs/compatibility.md).
+            let has_resolv_conf = handler != "kata" || cri().is_of_version_1();
+            let seen = has_resolv_conf.then(|| second.exec("cat /etc/resolv.conf"));
             what_ignores_the_signal_is_killed_after_its_grace(handler, &second);
             pod.end();
             seen
         })
+        .collect::<Vec<Option<String>>>()
+        .into_iter()
+        .flatten()
         .collect();
     assert_eq!(
         seen[0],
@@ -99,13 +105,11 @@ fn memory_names_and_sockets_are_the_pods(handler: &str, pod: &Pod, volume: &Path
     });
 }
 
-/// Returns the container's resolv.conf.
-fn files_of_the_kubelets_are_theirs(handler: &str, container: &Container, hosts: &Path, log: &Path) -> String {
+fn files_of_the_kubelets_are_theirs(handler: &str, container: &Container, hosts: &Path, log: &Path) {
     assert_eq!(container.exec("cat /etc/hosts"), "127.0.0.1 localhost\n192.0.2.7 of-the-kubelet", "{handler}");
     container.exec("echo 192.0.2.8 of-the-container >>/etc/hosts; printf 'why it ended' >/dev/termination-log");
     assert!(fs::read_to_string(hosts).unwrap().ends_with("\n192.0.2.8 of-the-container\n"), "{handler}");
     assert_eq!(fs::read_to_string(log).unwrap(), "why it ended", "{handler}");
-    container.exec("cat /etc/resolv.conf")
 }
 
 fn what_ignores_the_signal_is_killed_after_its_grace(handler: &str, container: &Container) {

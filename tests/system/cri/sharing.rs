@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fixture::cri::api::{ContainerConfig, DNSConfig};
-use fixture::cri::{Container, Pod, eventually, handler_and_runc, handlers_and_runc, is_hull};
+use fixture::cri::{Container, Pod, cri, eventually, handler_and_runc, handlers_and_runc, is_hull};
 use fixture::netns::host;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 

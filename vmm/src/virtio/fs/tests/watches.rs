@@ -126,6 +126,9 @@ fn the_sides_of_a_rename_have_one_cookie() {
     let directory = b.ask(MKDIR, ROOT, &named(words(&[0o755, 0]), &["d"])).map(|entry| u64_at(&entry, 0)).unwrap();
     b.watch(directory, CHANGES).unwrap();
     fs::write(b.path("a"), "").unwrap();
+    // The guest's own are not told.
+    b.create(ROOT, "own", 0o644).unwrap();
+    b.ask(RENAME, ROOT, &named(longs(&[directory]), &["own", "moved"])).unwrap();
     b.outside("mv a d/b; mv d/b c");
     let events = b.events(4);
     let expected = [

@@ -396,15 +396,17 @@ impl State {
             mask &= libc::FAN_DELETE_SELF | libc::FAN_ONDIR;
         }
         let directory = if mask & libc::FAN_ONDIR == 0 { 0 } else { libc::IN_ISDIR };
-        if mask & libc::FAN_RENAME != 0 {
+        let is_rename = mask & libc::FAN_RENAME != 0;
+        if is_rename {
             self.watches.cookie = self.watches.cookie.checked_add(1).unwrap_or(FIRST_COOKIE);
         }
         for about in event.abouts() {
             let (file, name, told) = match about {
                 About::File(file) => (file, &b""[..], mask as u32 & ALL_EVENTS),
                 About::Entry(file, name) => (file, name, mask as u32 & ALL_EVENTS),
-                About::OldEntry(file, name) => (file, name, libc::IN_MOVED_FROM),
-                About::NewEntry(file, name) => (file, name, libc::IN_MOVED_TO),
+                About::OldEntry(file, name) if is_rename => (file, name, libc::IN_MOVED_FROM),
+                About::NewEntry(file, name) if is_rename => (file, name, libc::IN_MOVED_TO),
+                About::OldEntry(..) | About::NewEntry(..) => continue,
             };
             let cookie = if told & MOVES as u32 == 0 { 0 } else { self.watches.cookie };
             for index in 0..self.watches.by_file.get(file).map_or(0, Vec::len) {

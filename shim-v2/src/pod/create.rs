@@ -131,7 +131,7 @@ impl Pod {
         let sysctls = if is_sandbox { spec::sysctls(&spec) } else { HashMap::new() };
         let guest = Guest { hostname, sysctls, size, network_namespace };
         self.join_cgroup(spec::cgroup(&spec).as_deref())?;
-        let plan = Plan::new(request, self.memory_volumes.clone());
+        let plan = Plan::new(request, self.memory_volumes.clone(), None);
         let prepare = |share: &Share| if is_sandbox { Ok(None) } else { plan.prepare(share, spec).map(Some) };
         let booted = self.boot(&guest, prepare).await;
         if booted.is_err() {
@@ -183,7 +183,7 @@ impl Pod {
     /// Creates a container in the pod's VM.
     async fn create_member(&self, request: &Create, spec: Spec, ends: Ends) -> Result<(Arc<Process>, Followers)> {
         let vm = self.vm()?;
-        let plan = Plan::new(request, self.memory_volumes.clone());
+        let plan = Plan::new(request, self.memory_volumes.clone(), self.resolv_conf());
         let prepared = vm.with_share(move |share| plan.prepare(share, spec)).await?;
         let created = match prepared {
             Ok(prepared) => launch(&vm, request, prepared, ends).await,
@@ -302,20 +302,30 @@ struct Plan {
     bundle: PathBuf,
     rootfs: Vec<FileSystem>,
     memory_volumes: Arc<MemoryVolumes>,
+    resolv_conf: Option<String>,
 }
 
 impl Plan {
-    fn new(request: &Create, memory_volumes: Arc<MemoryVolumes>) -> Self {
+    fn new(request: &Create, memory_volumes: Arc<MemoryVolumes>, resolv_conf: Option<String>) -> Self {
         let rootfs = request.rootfs.iter().map(|mount| FileSystem {
             fstype: mount.type_.clone(),
             source: mount.source.clone(),
             options: mount.options.clone(),
         });
-        Self { id: request.id.clone(), bundle: request.bundle.clone().into(), rootfs: rootfs.collect(), memory_volumes }
+        Self {
+            id: request.id.clone(),
+            bundle: request.bundle.clone().into(),
+            rootfs: rootfs.collect(),
+            memory_volumes,
+            resolv_conf,
+        }
     }
 
     /// Fills the tree and makes the guest's specification.
     fn prepare(mut self, share: &Share, mut spec: Spec) -> Result<Prepared> {
+        if let Some(text) = &self.resolv_conf {
+            spec::give_resolv_conf(&mut spec, &self.bundle, text)?;
+        }
         user_namespace::absorb(&mut spec, &mut self.rootfs)?;
         let root = if self.rootfs.is_empty() {
             let path = spec.root().as_ref().map_or(Path::new("rootfs"), |root| root.path());

@@ -16,11 +16,12 @@ use tokio::sync::watch;
 use super::Pod;
 use crate::annotations::{self, Limits};
 use crate::error::{Error, Result};
-use crate::generated::cri::{NamespaceMode, PodSandboxConfig};
+use crate::generated::cri::{DNSConfig, NamespaceMode, PodSandboxConfig};
 use crate::process::Exit;
 use crate::spec;
 use crate::vm::Guest;
 
+const NODES_RESOLV_CONF: &str = "/etc/resolv.conf";
 /// What containerd sets for every pod of which it makes the specification itself: low ports and ping are for every user.
 const SYSCTLS: [(&str, &str); 2] =
     [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
@@ -42,6 +43,8 @@ pub(super) struct Sandbox {
     guest: Guest,
     /// As an OCI specification has it.
     cgroup: Option<String>,
+    /// Of its containers, unless they bring their own. containerd makes it for its own sandboxer only.
+    resolv_conf: Option<String>,
     created_at: SystemTime,
     phase: watch::Sender<Phase>,
 }
@@ -228,6 +231,13 @@ impl Pod {
     }
 }
 
+impl Pod {
+    /// The resolv.conf of the pod's containers; none where containerd makes it.
+    pub(super) fn resolv_conf(&self) -> Option<String> {
+        self.lock().sandbox.as_ref().and_then(|sandbox| sandbox.resolv_conf.clone())
+    }
+}
+
 impl Sandbox {
     fn new(request: CreateSandbox, settings: &Settings) -> Result<Self> {
         let config = PodSandboxConfig::parse_from_bytes(&request.config)
@@ -272,6 +282,7 @@ impl Sandbox {
         Ok(Self {
             guest,
             cgroup: cgroup_below(&linux.cgroup_parent, &request.id),
+            resolv_conf: resolv_conf(config.dns_config.get_or_default()),
             created_at: SystemTime::now(),
             phase: watch::Sender::new(Phase::Created),
         })
@@ -287,6 +298,19 @@ impl Sandbox {
             }
         });
     }
+}
+
+/// What a pod's resolv.conf(5) says, as containerd writes it: the node's where the pod wants nothing of its own.
+fn resolv_conf(config: &DNSConfig) -> Option<String> {
+    let DNSConfig { servers, searches, options, .. } = config;
+    if servers.is_empty() && searches.is_empty() && options.is_empty() {
+        return std::fs::read_to_string(NODES_RESOLV_CONF).ok();
+    }
+    let list = |word: &str, values: &[String]| {
+        if values.is_empty() { String::new() } else { format!("{word} {}\n", values.join(" ")) }
+    };
+    let servers: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
+    Some(list("search", searches) + &servers + &list("options", options))
 }
 
 /// The cgroup of a sandbox below the one that the kubelet has made for the pod.
@@ -329,6 +353,18 @@ mod tests {
         let sandbox = sandbox.unwrap();
         assert_eq!(sandbox.guest.hostname, "web");
         assert!(sandbox.guest.size.memory_mib > 1024);
+    }
+
+    #[test]
+    fn names_are_resolved_as_the_pod_wants() {
+        let config = DNSConfig {
+            servers: vec!["192.0.2.1".into(), "2001:db8::1".into()],
+            options: vec!["ndots:5".into(), "rotate".into()],
+            ..Default::default()
+        };
+        let text = "nameserver 192.0.2.1\nnameserver 2001:db8::1\noptions ndots:5 rotate\n";
+        assert_eq!(resolv_conf(&config).as_deref(), Some(text));
+        assert_eq!(resolv_conf(&DNSConfig::default()), std::fs::read_to_string(NODES_RESOLV_CONF).ok());
     }
 
     #[test]

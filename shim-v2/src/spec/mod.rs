@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use hull_settings::HostNamespaces;
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec};
 
 use crate::error::{Error, Result};
 
@@ -98,6 +98,29 @@ pub(crate) fn cgroup(spec: &Spec) -> Option<String> {
 fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<&LinuxNamespace> {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     namespaces.into_iter().flatten().find(|namespace| namespace.typ() == kind)
+}
+
+/// Has a container without a resolv.conf(5) of its own see `text` as that, from a file in its bundle.
+///
+/// # Errors
+///
+/// Fails where the file cannot be written.
+pub(crate) fn give_resolv_conf(spec: &mut Spec, bundle: &Path, text: &str) -> Result<()> {
+    let destination = Path::new("/etc/resolv.conf");
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    if mounts.iter().any(|mount| mount.destination() == destination) {
+        return Ok(());
+    }
+    let file = bundle.join("resolv.conf");
+    std::fs::write(&file, text)
+        .map_err(|source| Error::Host { what: format!("cannot write {}", file.display()), source })?;
+    let is_read_only = spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true));
+    let mut mount = Mount::default();
+    mount.set_destination(destination.into()).set_typ(Some("bind".into())).set_source(Some(file));
+    mount.set_options(Some(vec!["rbind".into(), "rprivate".into(), if is_read_only { "ro" } else { "rw" }.into()]));
+    mounts.push(mount);
+    spec.set_mounts(Some(mounts));
+    Ok(())
 }
 
 /// Makes the guest's specification out of the host's. `root` is the container's root in the guest; `place` brings a file

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fixture::cri::api::{ContainerConfig, DNSConfig};
-use fixture::cri::{Container, Pod, cri, eventually, handler_and_runc, handlers_and_runc, is_hull};
+use fixture::cri::{Container, Pod, eventually, handler_and_runc, handlers_and_runc, is_hull};
 use fixture::netns::host;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -56,16 +56,11 @@ fn containers_of_a_pod_share_all_but_processes_and_files() {
             each_has_its_own_processes(handler, [&first, &second]);
             memory_names_and_sockets_are_the_pods(handler, &pod, &volume, [&first, &second]);
             files_of_the_kubelets_are_theirs(handler, &second, &hosts, &log);
-            // With the sandboxer `shim` nobody makes this file (docs/compatibility.md).
-            let has_resolv_conf = handler != "kata" || cri().is_of_version_1();
-            let seen = has_resolv_conf.then(|| second.exec("cat /etc/resolv.conf"));
+            let seen = second.exec("cat /etc/resolv.conf");
             what_ignores_the_signal_is_killed_after_its_grace(handler, &second);
             pod.end();
             seen
         })
-        .collect::<Vec<Option<String>>>()
-        .into_iter()
-        .flatten()
         .collect();
     assert_eq!(
         seen[0],

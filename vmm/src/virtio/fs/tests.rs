@@ -262,6 +262,18 @@ impl Bench {
         }
     }
 
+    /// Has another share of the same directory take over what was saved.
+    fn go_on_in_copy(&mut self, state: &DeviceState) {
+        let mut copy = share(self.root.path(), false, CachePolicy::Auto);
+        copy.restore(state).unwrap();
+        let ends = (0..).zip([&self.hiprio, &self.driver]).zip(&state.queues).map(|((index, driver), state)| {
+            Some(driver.restored_end(index, self.interrupt.clone(), state.as_ref().unwrap()))
+        });
+        let ends = ends.collect();
+        copy.activate(Activation::new(0, self.memory.clone(), self.interrupt.clone(), ends)).unwrap();
+        self.fs = copy;
+    }
+
     /// The numbers of known nodes, with the root, and of anchors.
     fn known(&self) -> (usize, usize) {
         let state = self.fs.share.state();

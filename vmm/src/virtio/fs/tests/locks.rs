@@ -460,14 +460,7 @@ fn locks_and_waits_go_on_in_a_copy() {
     }
     b.fs.deactivate();
     assert!(outside.lock((0, 9), SHARED) && outside.lock((0, 9), NONE));
-    let mut copy = share(b.root.path(), false, CachePolicy::Auto);
-    copy.restore(&state).unwrap();
-    let ends = (0..)
-        .zip([&b.hiprio, &b.driver])
-        .zip(&state.queues)
-        .map(|((index, driver), state)| Some(driver.restored_end(index, b.interrupt.clone(), state.as_ref().unwrap())));
-    copy.activate(Activation::new(0, b.memory.clone(), b.interrupt.clone(), ends.collect())).unwrap();
-    b.fs = copy;
+    b.go_on_in_copy(&state);
     assert_eq!(b.lookup(ROOT, "f"), Ok(file.0));
     assert!(!outside.lock((0, 9), SHARED));
     assert!(!outside.flock(libc::LOCK_EX));

@@ -224,14 +224,7 @@ fn watches_go_on_in_a_copy_which_says_that_something_may_be_missing() {
     }
     b.fs.deactivate();
     b.outside("touch unseen");
-    let mut copy = share(b.root.path(), false, CachePolicy::Auto);
-    copy.restore(&state).unwrap();
-    let ends = (0..)
-        .zip([&b.hiprio, &b.driver])
-        .zip(&state.queues)
-        .map(|((index, driver), state)| Some(driver.restored_end(index, b.interrupt.clone(), state.as_ref().unwrap())));
-    copy.activate(Activation::new(0, b.memory.clone(), b.interrupt.clone(), ends.collect())).unwrap();
-    b.fs = copy;
+    b.go_on_in_copy(&state);
     assert_eq!(b.events_of(head), Ok(vec![told(ROOT, libc::IN_Q_OVERFLOW, "")]));
     b.outside("mkdir seen");
     assert_eq!(b.events(1), [told(ROOT, libc::IN_CREATE | libc::IN_ISDIR, "seen")]);

@@ -102,7 +102,7 @@ pub(crate) struct Run {
     #[arg(long, value_name = "DST[:OPTION,…]")]
     pub tmpfs: Vec<String>,
     /// Give the guest a disk, a raw file or block device; /dev/vda onwards in the container. Options are ro, and cache=none to go past
-    /// the host's page cache, which cache=writeback, the usual, uses
+    /// the host's page cache, which cache=writeback, the usual, uses, and serial= for the number that the guest reads
     #[arg(long, value_name = "FILE[:OPTION,…]")]
     pub disk: Vec<String>,
     /// Size of /dev/shm, in bytes or with a unit k, m or g; 0 is no limit

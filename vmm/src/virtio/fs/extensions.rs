@@ -4,7 +4,8 @@ use std::ffi::CStr;
 use std::io::{self, Read as _};
 
 use fuse_backend_rs::abi::fuse_abi::{
-    CopyFileRangeIn, CreateIn, EntryOut, InHeader, InitIn, InitIn2, InitOut, Opcode, OpenOut, SetxattrIn, WriteOut,
+    CopyFileRangeIn, CreateIn, EntryOut, ForgetOne, InHeader, InitIn, InitIn2, InitOut, Opcode, OpenOut, SetxattrIn,
+    WriteOut,
 };
 use fuse_backend_rs::api::filesystem::{Context, FsOptions};
 use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, MAX_REQ_PAGES};
@@ -14,7 +15,7 @@ use vm_memory::ByteValued;
 use super::files::CopyRange;
 use super::host::XATTR_MAX;
 use super::policy::SETXATTR_EXT;
-use super::session::{FUSE_STATX, FUSE_SYNCFS, FUSE_TMPFILE};
+use super::session::{FUSE_STATX, FUSE_SYNCFS, FUSE_TMPFILE, FUSE_UNLINK_FORGET};
 use super::share::Share;
 use super::state::errno;
 use super::statx;
@@ -27,6 +28,8 @@ const LEAST_MINOR: u32 = 31;
 const MAX_BACKGROUND: u16 = 128;
 
 const FUSE_SETXATTR_ACL_KILL_SGID: u32 = 1;
+/// Longest name in a directory, terminated.
+const NAME_MAX: usize = 256;
 /// Longest name of an extended attribute (`XATTR_NAME_MAX`), terminated.
 const XATTR_NAME_MAX: usize = 256;
 
@@ -41,6 +44,7 @@ pub(super) fn serve(share: &Share, header: &InHeader, mut body: Reader<'_>) -> i
         SETXATTR => set_xattr(share, header, &mut body),
         COPY_FILE_RANGE => copy_file_range(share, header, &mut body),
         FUSE_TMPFILE => create_unnamed(share, header, &mut body),
+        FUSE_UNLINK_FORGET => unlink_forget(share, header, &mut body),
         FUSE_STATX => describe(share, header, &mut body),
         FUSE_SYNCFS => share.state().sync_all().map(|()| Vec::new()),
         _ => Err(errno(libc::ENOSYS)),
@@ -136,4 +140,16 @@ fn create_unnamed(share: &Share, header: &InHeader, body: &mut Reader<'_>) -> io
     let (entry, (fh, options)) = share.state().create_unnamed(&Context::from(header), header.nodeid, &request)?;
     let open = OpenOut { fh, open_flags: options.bits(), ..OpenOut::default() };
     Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
+}
+
+/// `FUSE_UNLINK_FORGET`: what is named is a file that the guest has no other use for.
+fn unlink_forget(share: &Share, header: &InHeader, body: &mut Reader<'_>) -> io::Result<Vec<u8>> {
+    let ForgetOne { nodeid, nlookup } = take(body)?;
+    let mut name = vec![0; body.available_bytes().min(NAME_MAX)];
+    let is_long = body.available_bytes() > NAME_MAX;
+    body.read_exact(&mut name)?;
+    let error = if is_long { libc::ENAMETOOLONG } else { libc::EINVAL };
+    let name = CStr::from_bytes_until_nul(&name).map_err(|_| errno(error))?;
+    share.state().remove_and_forget(header.nodeid, name, (nodeid, nlookup))?;
+    Ok(Vec::new())
 }

@@ -6,8 +6,9 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use fuse_backend_rs::abi::fuse_abi::WRITE_KILL_PRIV;
 use fuse_backend_rs::api::filesystem::{
-    Context, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid, ZeroCopyReader, ZeroCopyWriter,
+    Context, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid, ZeroCopyReader,
 };
+use fuse_backend_rs::transport::VirtioFsWriter;
 
 use super::handles::Handle;
 use super::host::Stat;
@@ -94,12 +95,12 @@ impl State {
         &mut self,
         node: u64,
         handle: u64,
-        to: &mut dyn ZeroCopyWriter,
+        to: &mut VirtioFsWriter<'_>,
         len: u32,
         offset: u64,
     ) -> io::Result<usize> {
         let len = (len as usize).min(to.available_bytes());
-        to.write_from(&mut self.handle(node, handle)?.file, len, offset)
+        to.write_from_at(&mut self.handle(node, handle)?.file, len, offset)
     }
 
     pub(super) fn write(

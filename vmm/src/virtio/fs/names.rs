@@ -141,6 +141,33 @@ impl State {
         Ok(())
     }
 
+    /// Removes a file's name and takes back lookups of the node that the guest knows by it and has no other use for: that
+    /// node need not stay within reach.
+    pub(super) fn remove_and_forget(
+        &mut self,
+        parent: u64,
+        name: &CStr,
+        (node, lookups): (u64, u64),
+    ) -> io::Result<()> {
+        check_name(name)?;
+        let directory = self.inodes.resolve(parent)?;
+        let known = self.inodes.resolve(node).ok();
+        let placed =
+            known.filter(|slot| self.inodes.node(*slot).is_ok_and(|node| node.place() == Some((directory, name))));
+        match placed {
+            Some(slot) => {
+                let directory = self.inodes.anchor(directory)?;
+                self.host.unlink(directory, name, 0)?;
+                self.inodes.unplace(slot);
+            }
+            None => self.remove(parent, name, 0)?,
+        }
+        if let Some(slot) = known {
+            self.inodes.forget(slot, lookups);
+        }
+        Ok(())
+    }
+
     pub(super) fn rename(&mut self, from: (u64, &CStr), to: (u64, &CStr), flags: u32) -> io::Result<()> {
         check_name(from.1)?;
         check_name(to.1)?;

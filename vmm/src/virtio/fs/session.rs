@@ -1,13 +1,14 @@
 //! One FUSE request from the queue to its answer (virtio 1.3, section 5.11.6).
 //!
-//! Most requests go to the server of fuse-backend-rs. Kept from it are those about [locks](super::locks) and [watches], which may wait, those it does not know (`FUSE_TMPFILE`,
-//! `FUSE_COPY_FILE_RANGE`, `FUSE_SYNCFS`, `FUSE_STATX`), those whose newer form it does not know (`FUSE_INIT`, `FUSE_SETXATTR`), those that
-//! change something if the share is read-only, and those that do not parse, which it may leave without an answer.
+//! Most requests go to the server of fuse-backend-rs. Kept from it are reads, which are to have a short way; those about
+//! [locks](super::locks) and [watches], which may wait; those it does not know (`FUSE_TMPFILE`, `FUSE_COPY_FILE_RANGE`,
+//! `FUSE_SYNCFS`, `FUSE_STATX`, `FUSE_UNLINK_FORGET`) or whose newer form it does not know (`FUSE_INIT`, `FUSE_SETXATTR`); those
+//! that change something if the share is read-only; and those that do not parse, which it may leave without an answer.
 
 use std::io::{self, Write as _};
 use std::sync::Arc;
 
-use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
+use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader, ReadIn};
 use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
 use vm_memory::{ByteValued, GuestMemoryMmap};
@@ -24,6 +25,8 @@ use super::watches::{self, FUSE_WATCH, FUSE_WATCH_EVENTS};
 pub(super) const FUSE_SYNCFS: u32 = 50;
 pub(super) const FUSE_TMPFILE: u32 = 51;
 pub(super) const FUSE_STATX: u32 = 52;
+/// Hull's own: `FUSE_UNLINK` and `FUSE_FORGET` in one (guest-kernel-config/patches/0013).
+pub(super) const FUSE_UNLINK_FORGET: u32 = 3002;
 
 /// Longest request: the largest write and its headers.
 const MAX_REQUEST: u32 = MAX_BUFFER_SIZE + 4096;
@@ -39,6 +42,7 @@ pub(super) struct Session {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     Server,
+    Read,
     Extension,
     /// Changes something: what a read-only share refuses.
     Change,
@@ -63,7 +67,6 @@ fn way(opcode: u32) -> Way {
         O::Getattr,
         O::Readlink,
         O::Open,
-        O::Read,
         O::Statfs,
         O::Release,
         O::Fsync,
@@ -94,9 +97,10 @@ fn way(opcode: u32) -> Way {
         O::Fallocate,
     ];
     match opcode {
+        _ if is(opcode, O::Read) => Way::Read,
         _ if among(&served) => Way::Server,
         _ if among(&changes) => Way::Change,
-        FUSE_TMPFILE => Way::ChangeExtension,
+        FUSE_TMPFILE | FUSE_UNLINK_FORGET => Way::ChangeExtension,
         _ if among(&[O::Setxattr, O::CopyFileRange]) => Way::ChangeExtension,
         _ if among(&[O::Getlk, O::Setlk, O::Setlkw, O::Interrupt]) => Way::Lock,
         FUSE_SYNCFS | FUSE_STATX => Way::Extension,
@@ -118,9 +122,8 @@ impl Session {
     /// Serves the request in `chain`, from the queue of that index; returns how many bytes the answer has. `None` if it waits:
     /// [`Locks`](super::locks::Locks) or [`Watches`](super::watches::Watches) have the answer later.
     pub(super) fn serve(&self, memory: &GuestMemoryMmap, queue: u16, chain: RawChain) -> Option<u32> {
-        let (Ok(reader), Ok(writer)) =
-            (Reader::from_descriptor_chain(memory, chain.clone()), VirtioFsWriter::new(memory, chain.clone()))
-        else {
+        let writer_of = |chain: &RawChain| VirtioFsWriter::new(memory, chain.clone());
+        let (Ok(reader), Ok(writer)) = (Reader::from_descriptor_chain(memory, chain.clone()), writer_of(&chain)) else {
             return Some(0);
         };
         let mut peek = reader.clone();
@@ -143,25 +146,42 @@ impl Session {
                 };
                 match result {
                     None => return None,
-                    Some(result) => result
-                        .and_then(|body| if answered { answer(writer.clone(), &header, Ok(&body)) } else { Ok(0) }),
+                    Some(result) => {
+                        result.and_then(|body| if answered { answer(writer, &header, Ok(&body)) } else { Ok(0) })
+                    }
                 }
             }
-            Way::Extension | Way::ChangeExtension => extensions::serve(&self.share, &header, peek)
-                .and_then(|body| answer(writer.clone(), &header, Ok(&body))),
+            Way::Extension | Way::ChangeExtension => {
+                extensions::serve(&self.share, &header, peek).and_then(|body| answer(writer, &header, Ok(&body)))
+            }
+            Way::Read => self.read(&header, peek, writer),
             Way::Server | Way::Change => self
                 .server
-                .handle_message(reader, writer.clone().into(), None, None)
+                .handle_message(reader, writer.into(), None, None)
                 // The message did not parse; the server may have answered nothing.
                 .map_err(|_| errno(libc::EINVAL)),
         };
         self.share.state().tidy();
         let written = match result {
             Ok(written) => written,
-            Err(error) if answered => answer(writer, &header, Err(error)).unwrap_or(0),
+            Err(error) if answered => {
+                writer_of(&chain).map_or(0, |writer| answer(writer, &header, Err(error)).unwrap_or(0))
+            }
             Err(_) => 0,
         };
         Some(u32::try_from(written).unwrap_or(0))
+    }
+
+    /// `FUSE_READ`: from the file into the guest's memory.
+    fn read(&self, header: &InHeader, mut body: Reader<'_>, mut writer: VirtioFsWriter<'_>) -> io::Result<usize> {
+        let invalid = || errno(libc::EINVAL);
+        let request: ReadIn = body.read_obj().map_err(|_| invalid())?;
+        let mut data = writer.split_at(size_of::<OutHeader>()).map_err(|_| invalid())?;
+        let read = self.share.state().read(header.nodeid, request.fh, &mut data, request.size, request.offset)?;
+        let len = size_of::<OutHeader>() + read;
+        let head = OutHeader { len: len as u32, error: 0, unique: header.unique };
+        writer.write_all(head.as_slice())?;
+        Ok(len)
     }
 }
 
@@ -194,7 +214,7 @@ mod tests {
         for opcode in [4, 6, 8, 9, 10, 11, 12, 13, 16, 24, 35, 43, 45] {
             assert_eq!(way(opcode), Way::Change, "{opcode}");
         }
-        for opcode in [21, 47, FUSE_TMPFILE] {
+        for opcode in [21, 47, FUSE_TMPFILE, FUSE_UNLINK_FORGET] {
             assert_eq!(way(opcode), Way::ChangeExtension, "{opcode}");
         }
         // DAX mappings, ioctls and what the future brings.
@@ -204,7 +224,7 @@ mod tests {
         for opcode in [3000, 3001] {
             assert_eq!(way(opcode), Way::Watch, "{opcode}");
         }
-        for opcode in [0, 7, 19, 34, 37, 39, 40, 41, 48, 49, 53, 4096, u32::MAX] {
+        for opcode in [0, 7, 19, 34, 37, 39, 40, 41, 48, 49, 53, 2999, 3003, 4096, u32::MAX] {
             assert_eq!(way(opcode), Way::Unknown, "{opcode}");
         }
     }

@@ -20,7 +20,6 @@ use std::time::Duration;
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID};
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid, ZeroCopyReader,
-    ZeroCopyWriter,
 };
 
 use super::names::Make;
@@ -150,20 +149,6 @@ impl FileSystem for Share {
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
         let (entry, (handle, options)) = self.state().create(context, parent, name, &how)?;
         Ok((entry, Some(handle), options, None))
-    }
-
-    fn read(
-        &self,
-        _: &Context,
-        node: u64,
-        handle: u64,
-        to: &mut dyn ZeroCopyWriter,
-        len: u32,
-        offset: u64,
-        _: Option<u64>,
-        _: u32,
-    ) -> io::Result<usize> {
-        self.state().read(node, handle, to, len, offset)
     }
 
     fn write(

@@ -58,8 +58,9 @@ const COPY_FILE_RANGE: u32 = 47;
 const SYNCFS: u32 = 50;
 const TMPFILE: u32 = 51;
 const STATX: u32 = 52;
-// A request for events waits, but with room for an answer such as these have it is refused.
-const FUSE_WATCHES: std::ops::Range<u32> = 3000..3002;
+const UNLINK_FORGET: u32 = 3002;
+// Hull's own. A request for events waits, but with room for an answer such as these have it is refused.
+const OF_HULL: std::ops::Range<u32> = 3000..3003;
 
 struct Bench {
     memory: GuestMemory,
@@ -232,6 +233,10 @@ impl Bench {
         self.send_hiprio(bytes.len());
     }
 
+    fn unlink_forget(&mut self, parent: u64, name: &str, (node, count): (u64, u64)) -> Result<(), i32> {
+        self.ask(UNLINK_FORGET, parent, &named(longs(&[node, count]), &[name])).map(|body| assert!(body.is_empty()))
+    }
+
     /// Sends what stands at the request's place by the queue for requests of high priority.
     fn send_hiprio(&mut self, len: usize) {
         self.hiprio.add(&[(REQUEST, len as u32, false)]);
@@ -347,6 +352,7 @@ fn there_is_no_way_out_of_the_root() {
         assert_eq!(b.ask(MKNOD, ROOT, &named(words(&[0o10_0644, 0, 0, 0]), &[name])), Err(libc::EINVAL));
         assert_eq!(b.ask(UNLINK, directory, &named(vec![], &[name])), Err(libc::EINVAL));
         assert_eq!(b.ask(RMDIR, directory, &named(vec![], &[name])), Err(libc::EINVAL));
+        assert_eq!(b.unlink_forget(directory, name, (directory, 1)), Err(libc::EINVAL));
         assert_eq!(b.ask(RENAME, ROOT, &named(longs(&[directory]), &["d", name])), Err(libc::EINVAL));
         assert_eq!(b.ask(LINK, ROOT, &named(longs(&[directory]), &[name])), Err(libc::EINVAL));
         assert_eq!(b.ask(SYMLINK, ROOT, &named(vec![], &[name, "/"])), Err(libc::EINVAL));
@@ -417,6 +423,50 @@ fn names_are_moved_linked_and_removed() {
     b.ask(UNLINK, directory, &named(vec![], &["x"])).unwrap();
     b.ask(RMDIR, ROOT, &named(vec![], &["e"])).unwrap();
     assert_eq!(b.lookup(directory, "x"), Err(libc::ENOENT));
+}
+
+#[test]
+fn a_file_is_forgotten_with_its_name() {
+    let mut b = require!(bench());
+    let file = b.create(ROOT, "file", 0o644).unwrap();
+    b.lookup(ROOT, "file").unwrap();
+    b.ask(MKDIR, ROOT, &named(words(&[0o755, 0]), &["d"])).unwrap();
+    assert_eq!(b.unlink_forget(ROOT, "d", (file.0, 1)), Err(libc::EISDIR));
+    assert_eq!(b.unlink_forget(ROOT, "none", (file.0, 1)), Err(libc::ENOENT));
+    assert_eq!(b.unlink_forget(ROOT, &"x".repeat(255), (file.0, 1)), Err(libc::ENOENT));
+    assert_eq!(b.unlink_forget(ROOT, &"x".repeat(256), (file.0, 1)), Err(libc::ENAMETOOLONG));
+    // Without a name, and without its end.
+    assert_eq!(b.ask(UNLINK_FORGET, ROOT, &longs(&[file.0, 1])), Err(libc::EINVAL));
+    assert_eq!(b.ask(UNLINK_FORGET, ROOT, &[longs(&[file.0, 1]), b"file".to_vec()].concat()), Err(libc::EINVAL));
+    // What failed took nothing back; an open file is kept by its handle.
+    let (nodes, anchors) = b.known();
+    assert_eq!(nodes, 3);
+    b.unlink_forget(ROOT, "file", (file.0, 2)).unwrap();
+    assert!(!b.path("file").exists());
+    assert_eq!(b.write(file, 0, b"more"), Ok(4));
+    assert_eq!(b.known(), (3, anchors), "the file has no anchor");
+    b.ask(RELEASE, file.0, &longs(&[file.1, 0, 0])).unwrap();
+    assert_eq!(b.known(), (2, anchors));
+    assert_eq!(b.ask(GETATTR, file.0, &longs(&[0, 0])), Err(libc::ESTALE));
+
+    // A file that has another name, which the table knows it by.
+    fs::write(b.path("one"), "1").unwrap();
+    let one = b.lookup(ROOT, "one").unwrap();
+    b.ask(LINK, ROOT, &named(longs(&[one]), &["two"])).unwrap();
+    b.unlink_forget(ROOT, "one", (one, 1)).unwrap();
+    assert_eq!(b.lookup(ROOT, "two"), Ok(one));
+    // And one that is another file by now: the guest knows it, and keeps it.
+    fs::write(b.path("other"), "2").unwrap();
+    let other = b.lookup(ROOT, "other").unwrap();
+    b.unlink_forget(ROOT, "other", (one, 1)).unwrap();
+    assert!(b.ask(GETATTR, other, &longs(&[0, 0])).is_ok());
+    for node in [ROOT, 0, 12_345, u64::MAX] {
+        fs::write(b.path("again"), "3").unwrap();
+        b.unlink_forget(ROOT, "again", (node, u64::MAX)).unwrap();
+    }
+    b.unlink_forget(ROOT, "two", (one, u64::MAX)).unwrap();
+    b.forget(other, 1);
+    assert_eq!((b.known().0, fs::read_dir(b.root.path()).unwrap().count()), (2, 1));
 }
 
 #[test]
@@ -550,6 +600,7 @@ fn a_read_only_share_refuses_every_change() {
         RENAME2,
         COPY_FILE_RANGE,
         TMPFILE,
+        UNLINK_FORGET,
     ] {
         assert_eq!(b.ask(opcode, ROOT, &body), Err(libc::EROFS), "{opcode}");
     }
@@ -712,7 +763,7 @@ fn caching_follows_the_policy() {
 
 /// What a hostile guest might send: mostly near-requests, some noise.
 fn hostile_message() -> impl Strategy<Value = Vec<u8>> {
-    let opcode = prop_oneof![8 => 0..54_u32, 1 => FUSE_WATCHES, 1 => any::<u32>()];
+    let opcode = prop_oneof![8 => 0..54_u32, 1 => OF_HULL, 1 => any::<u32>()];
     let node = prop_oneof![4 => 0..6_u64, 1 => any::<u64>()];
     let body = prop_oneof![
         proptest::collection::vec(any::<u8>(), 0..120),

@@ -8,7 +8,8 @@ use fuse_backend_rs::abi::fuse_abi::WRITE_KILL_PRIV;
 use fuse_backend_rs::api::filesystem::{
     Context, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid, ZeroCopyReader,
 };
-use fuse_backend_rs::transport::VirtioFsWriter;
+use fuse_backend_rs::file_buf::FileVolatileSlice;
+use fuse_backend_rs::file_traits::FileReadWriteVolatile;
 
 use super::handles::Handle;
 use super::host::Stat;
@@ -95,12 +96,10 @@ impl State {
         &mut self,
         node: u64,
         handle: u64,
-        to: &mut VirtioFsWriter<'_>,
-        len: u32,
+        to: &[FileVolatileSlice<'_>],
         offset: u64,
     ) -> io::Result<usize> {
-        let len = (len as usize).min(to.available_bytes());
-        to.write_from_at(&mut self.handle(node, handle)?.file, len, offset)
+        self.handle(node, handle)?.file.read_vectored_at_volatile(to, offset)
     }
 
     pub(super) fn write(

@@ -28,6 +28,7 @@ mod inodes;
 mod locks;
 mod names;
 mod policy;
+mod reads;
 mod session;
 mod share;
 mod snapshot;

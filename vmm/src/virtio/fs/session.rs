@@ -8,7 +8,7 @@
 use std::io::{self, Write as _};
 use std::sync::Arc;
 
-use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader, ReadIn};
+use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
 use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
 use vm_memory::{ByteValued, GuestMemoryMmap};
@@ -16,6 +16,7 @@ use vm_memory::{ByteValued, GuestMemoryMmap};
 use super::super::queue::RawChain;
 use super::extensions;
 use super::locks::requests;
+use super::reads::{self, Taken};
 use super::share::Share;
 use super::state::errno;
 use super::waiting::{Answer, HEADER_BYTES};
@@ -42,7 +43,6 @@ pub(super) struct Session {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     Server,
-    Read,
     Extension,
     /// Changes something: what a read-only share refuses.
     Change,
@@ -97,7 +97,6 @@ fn way(opcode: u32) -> Way {
         O::Fallocate,
     ];
     match opcode {
-        _ if is(opcode, O::Read) => Way::Read,
         _ if among(&served) => Way::Server,
         _ if among(&changes) => Way::Change,
         FUSE_TMPFILE | FUSE_UNLINK_FORGET => Way::ChangeExtension,
@@ -122,27 +121,29 @@ impl Session {
     /// Serves the request in `chain`, from the queue of that index; returns how many bytes the answer has. `None` if it waits:
     /// [`Locks`](super::locks::Locks) or [`Watches`](super::watches::Watches) have the answer later.
     pub(super) fn serve(&self, memory: &GuestMemoryMmap, queue: u16, chain: RawChain) -> Option<u32> {
+        let header = match reads::take(memory, chain.clone()) {
+            Taken::Read(read) => return Some(read.serve(&self.share)),
+            Taken::Other(header) => header,
+        };
         let writer_of = |chain: &RawChain| VirtioFsWriter::new(memory, chain.clone());
         let (Ok(reader), Ok(writer)) = (Reader::from_descriptor_chain(memory, chain.clone()), writer_of(&chain)) else {
             return Some(0);
         };
-        let mut peek = reader.clone();
-        let Ok(header) = peek.read_obj::<InHeader>() else { return Some(0) };
+        let Some(header) = header.or_else(|| reader.clone().read_obj().ok()) else { return Some(0) };
         let answered = !matches!(header.opcode, FORGET | BATCH_FORGET | INTERRUPT);
-        let available = peek.available_bytes() + size_of::<InHeader>();
-        let whole =
-            (size_of::<InHeader>() as u32..=MAX_REQUEST).contains(&header.len) && header.len as usize <= available;
+        let whole = (size_of::<InHeader>() as u32..=MAX_REQUEST).contains(&header.len)
+            && header.len as usize <= reader.available_bytes();
         let way = if whole { way(header.opcode) } else { Way::Unknown };
         let result = match way {
-            Way::Unknown if !whole => Err(errno(libc::EINVAL)),
+            Way::Unknown if !whole || header.opcode == READ => Err(errno(libc::EINVAL)),
             Way::Unknown => Err(errno(libc::ENOSYS)),
             Way::Change | Way::ChangeExtension if self.read_only => Err(errno(libc::EROFS)),
             Way::Lock | Way::Watch => {
                 let later = |most| Answer::new(queue, &chain, header.unique, most);
                 let result = if way == Way::Lock {
-                    requests::serve(&self.share, &header, peek, || later(HEADER_BYTES))
+                    requests::serve(&self.share, &header, past_header(reader), || later(HEADER_BYTES))
                 } else {
-                    watches::serve(&self.share, &header, peek, later)
+                    watches::serve(&self.share, &header, past_header(reader), later)
                 };
                 match result {
                     None => return None,
@@ -151,10 +152,8 @@ impl Session {
                     }
                 }
             }
-            Way::Extension | Way::ChangeExtension => {
-                extensions::serve(&self.share, &header, peek).and_then(|body| answer(writer, &header, Ok(&body)))
-            }
-            Way::Read => self.read(&header, peek, writer),
+            Way::Extension | Way::ChangeExtension => extensions::serve(&self.share, &header, past_header(reader))
+                .and_then(|body| answer(writer, &header, Ok(&body))),
             Way::Server | Way::Change => self
                 .server
                 .handle_message(reader, writer.into(), None, None)
@@ -171,23 +170,17 @@ impl Session {
         };
         Some(u32::try_from(written).unwrap_or(0))
     }
-
-    /// `FUSE_READ`: from the file into the guest's memory.
-    fn read(&self, header: &InHeader, mut body: Reader<'_>, mut writer: VirtioFsWriter<'_>) -> io::Result<usize> {
-        let invalid = || errno(libc::EINVAL);
-        let request: ReadIn = body.read_obj().map_err(|_| invalid())?;
-        let mut data = writer.split_at(size_of::<OutHeader>()).map_err(|_| invalid())?;
-        let read = self.share.state().read(header.nodeid, request.fh, &mut data, request.size, request.offset)?;
-        let len = size_of::<OutHeader>() + read;
-        let head = OutHeader { len: len as u32, error: 0, unique: header.unique };
-        writer.write_all(head.as_slice())?;
-        Ok(len)
-    }
 }
 
 const FORGET: u32 = Opcode::Forget as u32;
+const READ: u32 = Opcode::Read as u32;
 const BATCH_FORGET: u32 = Opcode::BatchForget as u32;
 const INTERRUPT: u32 = Opcode::Interrupt as u32;
+
+/// The body of a message that has a header.
+fn past_header(mut message: Reader<'_>) -> Reader<'_> {
+    message.read_obj::<InHeader>().map(|_| message).unwrap_or_default()
+}
 
 /// Writes an answer: a header, and a body or an error.
 fn answer(mut writer: VirtioFsWriter<'_>, request: &InHeader, body: io::Result<&[u8]>) -> io::Result<usize> {

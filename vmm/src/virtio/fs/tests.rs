@@ -153,7 +153,12 @@ impl Bench {
         if room > 0 {
             chain.push((ANSWER, room, true));
         }
-        let head = self.driver.add(&chain);
+        self.send_chain(&chain)
+    }
+
+    /// Sends a chain of addresses, lengths and whether the device may write there; returns the used length.
+    fn send_chain(&mut self, chain: &[(u64, u32, bool)]) -> u32 {
+        let head = self.driver.add(chain);
         self.driver.kick.write(1).unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
@@ -467,6 +472,55 @@ fn a_file_is_forgotten_with_its_name() {
     b.unlink_forget(ROOT, "two", (one, u64::MAX)).unwrap();
     b.forget(other, 1);
     assert_eq!((b.known().0, fs::read_dir(b.root.path()).unwrap().count()), (2, 1));
+}
+
+#[test]
+fn a_read_may_come_in_any_pieces() {
+    let mut b = require!(bench());
+    fs::write(b.path("file"), "0123456789").unwrap();
+    let node = b.lookup(ROOT, "file").unwrap();
+    let handle = b.open(node, libc::O_RDONLY).unwrap();
+    let body = |size: u32, offset: u64| [longs(&[handle, offset]), words(&[size, 0, 0, 0, 0, 0])].concat();
+    let pieces = |b: &mut Bench, message: &[u8], readable: &[u32], writable: &[u32]| {
+        b.memory.write_slice(message, GuestAddress(REQUEST)).unwrap();
+        b.memory.write_slice(&[0xee; 64], GuestAddress(ANSWER)).unwrap();
+        let mut chain = Vec::new();
+        for (lens, mut at, is_writable) in [(readable, REQUEST, false), (writable, ANSWER, true)] {
+            for len in lens {
+                chain.push((at, *len, is_writable));
+                at += u64::from(*len);
+            }
+        }
+        let used = b.send_chain(&chain) as usize;
+        let mut answer = vec![0; 64];
+        b.memory.read_slice(&mut answer, GuestAddress(ANSWER)).unwrap();
+        (used, answer)
+    };
+    let message = b.message(READ, node, &body(6, 2));
+    for readable in [&[80][..], &[40, 40], &[1, 79], &[7, 1, 32, 40], &[8, 72], &[30, 20, 30], &[80, 16]] {
+        for writable in [&[48][..], &[16, 32], &[16, 1, 1, 30], &[3, 13, 6], &[20, 20], &[1, 1, 20]] {
+            let (used, answer) = pieces(&mut b, &message, readable, writable);
+            let what = format!("{readable:?} {writable:?}");
+            assert_eq!((used, u32_at(&answer, 0), u32_at(&answer, 4)), (22, 22, 0), "{what}");
+            assert_eq!((&answer[16..22], &answer[22..64]), (&b"234567"[..], &[0xee; 42][..]), "{what}");
+        }
+        // Less room than is asked for, none at all, and none for the answer's header.
+        assert_eq!(pieces(&mut b, &message, readable, &[16, 4]).0, 20);
+        assert_eq!(pieces(&mut b, &message, readable, &[16]).0, 16);
+        assert_eq!(pieces(&mut b, &message, readable, &[8, 7]).0, 0);
+    }
+    let refused = |(used, answer): (usize, Vec<u8>)| (used == 16).then(|| -(u32_at(&answer, 4) as i32));
+    assert_eq!(refused(pieces(&mut b, &message, &[79], &[48])), Some(libc::EINVAL));
+    assert_eq!(refused(pieces(&mut b, &message, &[20, 20], &[48])), Some(libc::EINVAL));
+    let mut short = message.clone();
+    short[0] = 79;
+    assert_eq!(refused(pieces(&mut b, &short, &[80], &[48])), Some(libc::EINVAL));
+    for (node, message) in [(node, body(6, 1 << 63)), (node + 1, body(6, 0))] {
+        let message = b.message(READ, node, &message);
+        assert!(refused(pieces(&mut b, &message, &[40, 40], &[16, 32])).is_some_and(|error| error > 0));
+    }
+    let end = b.message(READ, node, &body(6, 100));
+    assert_eq!(pieces(&mut b, &end, &[40, 40], &[16, 32]).0, 16);
 }
 
 #[test]

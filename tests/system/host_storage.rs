@@ -236,109 +236,11 @@ fn a_disk_gives_back_what_is_discarded_and_fails_only_where_its_file_was_cut() {
 }
 
 #[test]
-fn a_volume_stays_what_it_was_when_its_source_is_exchanged_and_lets_nothing_else_in() {
-    let dir = directory();
-    let place = |name: &str| dir.path().join(name);
-    for name in ["moved", "removed", "race", "race/d", "outside"] {
-        fs::create_dir(place(name)).unwrap();
-    }
-    for (name, content) in
-        [("moved/f", "old"), ("removed/f", "old"), ("file", "old"), ("race/d/f", "inside"), ("race/f", "inside")]
-    {
-        fs::write(place(name), content.to_owned() + "\n").unwrap();
-    }
-    let volume = |name: &str, option: &str| format!("{}:/{name}{option}", place(name).display());
-    let container = Detached::start([
-        "--memory",
-        "128",
-        "-v",
-        &volume("moved", ""),
-        "-v",
-        &volume("removed", ""),
-        "-v",
-        &volume("file", ""),
-        "-v",
-        &volume("race", ":cache=never"),
-        &busybox(),
-        "sleep",
-        "1000",
-    ]);
-
-    fs::rename(place("moved"), place("away")).unwrap();
-    fs::remove_dir_all(place("removed")).unwrap();
-    for name in ["moved", "removed"] {
-        fs::create_dir(place(name)).unwrap();
-        fs::write(place(name).join("f"), "new\n").unwrap();
-    }
-    fs::write(place("new"), "new\n").unwrap();
-    fs::rename(place("new"), place("file")).unwrap();
-    let said = try_in(
-        &container,
-        "0",
-        "cat /moved/f; echo written >/moved/g
-         try cat /removed/f; try mkdir /removed/d; ls /removed | wc -l
-         cat /file; echo changed >/file; cat /file",
-    );
-    let gone = "No such file or directory";
-    assert_eq!(said, ["old", gone, gone, "0", "old", "changed"]);
-    assert_eq!(fs::read_to_string(place("away/g")).unwrap(), "written\n");
-    assert_eq!(fs::read_to_string(place("file")).unwrap(), "new\n");
-    assert_eq!(names(&place("moved")), ["f"]);
-
-    links_that_come_and_go(&container, &place("race"), &place("outside"));
-}
-
-/// Has the host exchange a directory and a file for links to others outside, to and fro, while the guest reads and makes files there.
-fn links_that_come_and_go(container: &Detached, race: &Path, outside: &Path) {
-    fs::write(outside.join("f"), "outside\n").unwrap();
-    let path = |name: &str| CString::new(race.join(name).to_str().unwrap()).unwrap();
-    symlink(outside, race.join("l")).unwrap();
-    symlink(outside.join("f"), race.join("m")).unwrap();
-    let pairs = [("d", "l"), ("f", "m")].map(|(one, other)| (path(one), path(other)));
-    let over = AtomicBool::new(false);
-    let script = "
-        count() { case $1 in inside) inside=$((inside + 1));; '') nothing=$((nothing + 1));; *) echo $1;; esac; }
-        inside=0 nothing=0 rounds=0
-        until [ $rounds -ge 300 ] && [ $inside -gt 0 ] && [ $nothing -gt 0 ]; do
-            rounds=$((rounds + 1))
-            content=; read -r content </race/d/f; count \"$content\"
-            content=; read -r content </race/f; count \"$content\"
-            echo >/race/d/new
-        done 2>/dev/null
-        echo over";
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) {
-                for (one, other) in &pairs {
-                    renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).unwrap();
-                }
-            }
-        });
-        let said = container.exec(["timeout", "120", "sh", "-c", script]).run();
-        over.store(true, Ordering::Relaxed);
-        assert_eq!(said.ok(), "over");
-    });
-    assert_eq!(names(outside), ["f"]);
-    // Whichever of the two is the directory now.
-    let made =
-        ["d", "l"].map(|name| race.join(name)).iter().any(|path| !path.is_symlink() && path.join("new").exists());
-    assert!(made, "the guest never got to the directory");
-}
-
-fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<_> =
-        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
-}
-
-#[test]
-fn guests_share_their_image_and_idle_devices_wake_nobody() {
-    let netns = quiet_network();
-    let dir = directory();
+fn a_guest_at_rest_wakes_nobody_while_the_volumes_of_another_with_the_same_image_are_exchanged() {
+    let (netns, dir) = (quiet_network(), directory());
     let disk = random(dir.path(), "disk", 1);
     let volume = format!("{}:/v", dir.path().display());
-    let container = Detached::start([
+    let idle = Detached::start([
         "--memory",
         "128",
         "--net",
@@ -351,25 +253,141 @@ fn guests_share_their_image_and_idle_devices_wake_nobody() {
         "sleep",
         "1000",
     ]);
+    let vmm = idle.inspect()["vmm_pid"].as_i64().unwrap();
     let use_all = format!(
         "echo x >/v/file; dd if=/dev/vda of=/dev/null count=1 2>/dev/null; ping -c 1 -W 60 {} >/dev/null",
         netns.host_address()
     );
-    let use_all = || container.exec(["sh", "-c", &use_all]).run().ok();
+    let use_all = || idle.exec(["sh", "-c", &use_all]).run().ok();
     use_all();
-    let _second = Detached::sleeping();
-    assert_image_is_shared(&container);
-
-    let vmm = container.inspect()["vmm_pid"].as_i64().unwrap();
-    let before = wait_for_rest(vmm);
+    let before = std::thread::scope(|scope| {
+        let at_rest = scope.spawn(|| wait_for_rest(vmm));
+        let sources = Sources::new();
+        let other = sources.container();
+        assert_image_is_shared(vmm);
+        volumes_stay_what_they_were(&sources, &other);
+        links_that_come_and_go(&sources, &other);
+        at_rest.join().unwrap()
+    });
     use_all();
     let after = wake_ups(vmm);
-    for kind in ["blk-", "fs-", "net-"] {
+    for kind in DEVICES {
         let sum = |counts: &BTreeMap<String, u64>| {
             counts.iter().filter(|(name, _)| name.starts_with(kind)).map(|(_, count)| count).sum::<u64>()
         };
         assert!(sum(&after) > sum(&before), "no thread of {kind} has worked: {before:?}, {after:?}");
     }
+}
+
+/// What volumes are made of, in a directory that the guest does not see.
+struct Sources(tempfile::TempDir);
+
+impl Sources {
+    fn new() -> Self {
+        let sources = Self(directory());
+        for name in ["moved", "removed", "race", "race/d", "outside"] {
+            fs::create_dir(sources.place(name)).unwrap();
+        }
+        for name in ["moved/f", "removed/f", "file"] {
+            fs::write(sources.place(name), "old\n").unwrap();
+        }
+        for name in ["race/d/f", "race/f"] {
+            fs::write(sources.place(name), "inside\n").unwrap();
+        }
+        fs::write(sources.place("outside/f"), "outside\n").unwrap();
+        symlink(sources.place("outside"), sources.place("race/l")).unwrap();
+        symlink(sources.place("outside/f"), sources.place("race/m")).unwrap();
+        sources
+    }
+
+    fn place(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn container(&self) -> Detached {
+        let volume = |name: &str, option: &str| format!("{}:/{name}{option}", self.place(name).display());
+        Detached::start([
+            "--memory",
+            "128",
+            "-v",
+            &volume("moved", ""),
+            "-v",
+            &volume("removed", ""),
+            "-v",
+            &volume("file", ""),
+            "-v",
+            &volume("race", ":cache=never"),
+            &busybox(),
+            "sleep",
+            "1000",
+        ])
+    }
+}
+
+fn volumes_stay_what_they_were(sources: &Sources, container: &Detached) {
+    let place = |name: &str| sources.place(name);
+    fs::rename(place("moved"), place("away")).unwrap();
+    fs::remove_dir_all(place("removed")).unwrap();
+    for name in ["moved", "removed"] {
+        fs::create_dir(place(name)).unwrap();
+        fs::write(place(name).join("f"), "new\n").unwrap();
+    }
+    fs::write(place("new"), "new\n").unwrap();
+    fs::rename(place("new"), place("file")).unwrap();
+    let said = try_in(
+        container,
+        "0",
+        "cat /moved/f; echo written >/moved/g
+         try cat /removed/f; try mkdir /removed/d; ls /removed | wc -l
+         cat /file; echo changed >/file; cat /file",
+    );
+    let gone = "No such file or directory";
+    assert_eq!(said, ["old", gone, gone, "0", "old", "changed"]);
+    assert_eq!(fs::read_to_string(place("away/g")).unwrap(), "written\n");
+    assert_eq!(fs::read_to_string(place("file")).unwrap(), "new\n");
+    assert_eq!(names(&place("moved")), ["f"]);
+}
+
+/// Has the host exchange a directory and a file for links to others outside, to and fro, while the guest reads and makes files there.
+fn links_that_come_and_go(sources: &Sources, container: &Detached) {
+    let path = |name: &str| CString::new(sources.place(name).to_str().unwrap()).unwrap();
+    let pairs = [("race/d", "race/l"), ("race/f", "race/m")].map(|(one, other)| (path(one), path(other)));
+    let over = AtomicBool::new(false);
+    let script = "
+        count() { case $1 in inside) inside=$((inside + 1));; '') nothing=$((nothing + 1));; *) echo $1;; esac; }
+        inside=0 nothing=0 rounds=0
+        until [ $rounds -ge 200 ] && [ $inside -gt 0 ] && [ $nothing -gt 0 ]; do
+            rounds=$((rounds + 1))
+            content=; read -r content </race/d/f; count \"$content\"
+            content=; read -r content </race/f; count \"$content\"
+            echo >/race/d/new
+        done 2>/dev/null
+        echo over";
+    let said = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                for (one, other) in &pairs {
+                    renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).unwrap();
+                }
+                // The guest may share the CPU with this thread.
+                std::thread::sleep(Duration::from_micros(500));
+            }
+        });
+        let said = container.exec(["timeout", "120", "sh", "-c", script]).run();
+        over.store(true, Ordering::Relaxed);
+        said
+    });
+    assert_eq!(said.ok(), "over");
+    assert_eq!(names(&sources.place("outside")), ["f"]);
+    let directory = ["race/d", "race/l"].map(|name| sources.place(name)).into_iter().find(|path| !path.is_symlink());
+    assert_eq!(names(&directory.unwrap()), ["f", "new"], "the guest never got to the directory");
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
 }
 
 /// A network in which nobody says anything unasked, as IPv6 does.
@@ -388,8 +406,8 @@ fn quiet_network() -> Netns {
 }
 
 /// Asserts that what a guest uses of its image is in the host's memory once for it and the other guest.
-fn assert_image_is_shared(container: &Detached) {
-    let smaps = fs::read_to_string(format!("/proc/{}/smaps", container.inspect()["vmm_pid"])).unwrap();
+fn assert_image_is_shared(vmm: i64) {
+    let smaps = fs::read_to_string(format!("/proc/{vmm}/smaps")).unwrap();
     let image = smaps.lines().skip_while(|line| !line.ends_with("guest.img")).skip(1);
     let kib: BTreeMap<&str, u64> = image
         .map_while(|line| {
@@ -402,6 +420,10 @@ fn assert_image_is_shared(container: &Detached) {
     assert!(used > 1024 && share * 10 < used * 6, "{share} of {used} KiB are this guest's own");
     assert_eq!(kib["Anonymous"], 0);
 }
+
+/// The names of the threads that serve disks, shares and interfaces begin with these. The one for all other devices is left out: a guest
+/// draws random numbers from its host once a minute, and tells of memory that it has freed.
+const DEVICES: [&str; 3] = ["blk-", "fs-", "net-"];
 
 /// How often each thread of a VMM has waited for something.
 fn wake_ups(vmm: i64) -> BTreeMap<String, u64> {
@@ -423,7 +445,7 @@ fn wake_ups(vmm: i64) -> BTreeMap<String, u64> {
 fn wait_for_rest(vmm: i64) -> BTreeMap<String, u64> {
     const QUIET: Duration = Duration::from_secs(12);
     let of_devices = |vmm| -> BTreeMap<String, u64> {
-        let is_device = |name: &str| ["blk-", "fs-", "net-"].iter().any(|kind| name.starts_with(kind));
+        let is_device = |name: &str| DEVICES.iter().any(|kind| name.starts_with(kind));
         wake_ups(vmm).into_iter().filter(|(name, _)| is_device(name)).collect()
     };
     let (start, mut seen) = (Instant::now(), of_devices(vmm));

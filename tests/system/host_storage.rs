@@ -237,7 +237,7 @@ fn a_disk_gives_back_what_is_discarded_and_fails_only_where_its_file_was_cut() {
 
 #[test]
 fn a_guest_at_rest_wakes_nobody_while_the_volumes_of_another_with_the_same_image_are_exchanged() {
-    let (netns, dir) = (quiet_network(), directory());
+    let ([netns, _other_end], dir) = (quiet_network(), directory());
     let disk = random(dir.path(), "disk", 1);
     let volume = format!("{}:/v", dir.path().display());
     let idle = Detached::start([
@@ -390,19 +390,19 @@ fn names(dir: &Path) -> Vec<String> {
     names
 }
 
-/// A network in which nobody says anything unasked, as IPv6 does.
-fn quiet_network() -> Netns {
-    let netns = Netns::empty();
-    host(&format!(
-        "ip netns exec {} sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1",
-        netns.name
-    ));
-    netns.add_veth("eth0", 1500);
-    let outer = netns.host_end("eth0");
-    host(&format!("sysctl -qw net.ipv6.conf.{outer}.disable_ipv6=1"));
-    host(&format!("ip addr add {}/24 dev {outer}", netns.host_address()));
-    netns.ip(&format!("addr add {}/24 dev eth0", netns.address()));
-    netns
+/// Two namespaces with a link between their `eth0`, on which nobody says anything unasked, as IPv6 and what runs on a host do.
+fn quiet_network() -> [Netns; 2] {
+    let ends = [Netns::empty(), Netns::empty()];
+    for end in &ends {
+        host(&format!("ip netns exec {} sysctl -qw net.ipv6.conf.default.disable_ipv6=1", end.name));
+    }
+    let [one, other] = &ends;
+    host(&format!("ip link add eth0 netns {} type veth peer name eth0 netns {}", one.name, other.name));
+    for (end, address) in [(one, one.address()), (other, one.host_address())] {
+        end.ip(&format!("addr add {address}/24 dev eth0"));
+        end.ip("link set eth0 up");
+    }
+    ends
 }
 
 /// Asserts that what a guest uses of its image is in the host's memory once for it and the other guest.

@@ -2,8 +2,8 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::Command;
 
+use fixture::devices::Loop;
 use fixture::{Detached, Hull, busybox, hull, shell};
 
 /// A sparse file of this size in MiB.
@@ -22,21 +22,6 @@ fn cached(path: &str) -> usize {
                    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(at), ctypes.c_size_t(len(memory)), pages) == 0\n\
                    print(sum(page & 1 for page in pages))";
     shell(&format!("python3 -c '{program}' {path}")).trim().parse().unwrap()
-}
-
-/// A loop device with sectors of 4 KiB; gone when dropped.
-struct Loop(String);
-
-impl Loop {
-    fn new(image: &str) -> Self {
-        Self(shell(&format!("losetup --find --show --sector-size 4096 {image}")).trim().to_owned())
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
-    }
 }
 
 #[test]
@@ -82,7 +67,7 @@ fn the_host_caches_a_disk_unless_it_is_told_not_to() {
 fn a_disk_has_the_hosts_blocks_and_grows_under_writes() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let (backing, file) = (image(dir.path(), "backing", 4), image(dir.path(), "file", 4));
-    let device = Loop::new(&backing);
+    let device = Loop::with_sectors(&backing, 4096);
     let writes = "while dd if=/dev/zero of=/dev/vda bs=4k count=32 conv=fsync 2>/dev/null; do echo >/written; usleep 20000; done; touch /failed";
     let disk = format!("{}:cache=none", device.0);
     let container =

@@ -11,6 +11,7 @@ mod dialogue;
 mod disks;
 mod durability;
 mod exec;
+mod host_storage;
 mod isolation;
 mod lifecycle;
 mod locks;

@@ -1,8 +1,8 @@
 //! Roots that are disks: `hull run --rootfs FILE`, and `--storage-size`.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
+use fixture::devices::Loop;
 use fixture::{Detached, Hull, busybox, hull, shell, traces_of};
 
 /// Images of one root in several file systems; gone when dropped.
@@ -218,19 +218,4 @@ fn a_disk_that_cannot_be_made_is_one_error() {
         .after("for dir in /usr/sbin /sbin /usr/bin /bin; do [ ! -e $dir/mkfs.ext4 ] || mount --bind /dev/null $dir/mkfs.ext4; done")
         .run();
     said.failed(&["mkfs.ext4"]);
-}
-
-/// A loop device; gone when dropped.
-struct Loop(String);
-
-impl Loop {
-    fn new(image: &str) -> Self {
-        Self(shell(&format!("losetup --find --show {image}")).trim().to_owned())
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
-    }
 }

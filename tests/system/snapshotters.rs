@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use fixture::containerd::{BUSYBOX, RUNTIME, processes};
+use fixture::devices::{Loop, without_udev};
 use fixture::{Said, shell};
 
 /// Where containerd may be. The lab has version 2 beside the distribution's own.
@@ -17,11 +18,6 @@ struct Server {
     child: Child,
     programs: PathBuf,
     dir: tempfile::TempDir,
-}
-
-/// Where no udev makes the nodes of device-mapper, dmsetup(8) is to make them itself.
-fn without_udev() -> Option<(&'static str, &'static str)> {
-    (!Path::new("/run/udev/control").exists()).then_some(("DM_DISABLE_UDEV", "1"))
 }
 
 /// Those that are installed, in the order of their versions.
@@ -241,7 +237,8 @@ fn devmapper_roots_are_disks_of_the_guests() {
 /// A pool of thin volumes on loop devices; gone when dropped.
 struct Pool {
     name: String,
-    loops: [String; 2],
+    /// What it lies on, which goes after it.
+    _loops: [Loop; 2],
 }
 
 impl Pool {
@@ -249,22 +246,23 @@ impl Pool {
         let name = format!("hull-{}", dir.file_name().unwrap().to_str().unwrap().trim_start_matches('.'));
         let device = |file: &str, size: &str| {
             let path = dir.join(file);
-            shell(&format!("truncate -s {size} {0} && losetup --find --show {0}", path.display())).trim().to_owned()
+            shell(&format!("truncate -s {size} {}", path.display()));
+            Loop::new(path.display())
         };
         let loops = [device("metadata", "16M"), device("data", "512M")];
         shell("modprobe dm-thin-pool");
-        let table = format!("0 1048576 thin-pool {} {} 128 32768 1 skip_block_zeroing", loops[0], loops[1]);
+        let table = format!("0 1048576 thin-pool {} {} 128 32768 1 skip_block_zeroing", loops[0].0, loops[1].0);
         let variable = without_udev().map(|(name, value)| format!("{name}={value}")).unwrap_or_default();
         shell(&format!("{variable} dmsetup create {name} --table '{table}'"));
-        Self { name, loops }
+        Self { name, _loops: loops }
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
         let script = format!(
-            "for name in $(dmsetup ls | cut -f1 | grep '^{0}-snap') {0}; do dmsetup remove --retry $name; done; losetup -d {1} {2}",
-            self.name, self.loops[0], self.loops[1]
+            "for name in $(dmsetup ls | cut -f1 | grep '^{0}-snap') {0}; do dmsetup remove --retry $name; done",
+            self.name
         );
         let _ = Command::new("sh").args(["-c", &script]).status();
     }

@@ -1,8 +1,8 @@
 //! Networks that CNI plugins make, here Debian's own: bridge, host-local, portmap.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -97,12 +97,25 @@ fn get(address: &str) -> String {
     }
 }
 
+/// Answers each datagram with itself turned round.
+const ECHO: &str = "
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.bind(('0.0.0.0', 81))
+print('ready', flush=True)
+while True:
+    data, peer = s.recvfrom(70000)
+    s.sendto(data[::-1], peer)
+";
+
 #[test]
 fn a_published_port_leads_to_the_guest() {
     let network = Network::new(1);
     let program = ["python3", "-m", "http.server", "80"];
     let debian = debian();
-    let mut args = vec!["-d", "--memory", "256", "--hostname", "web", "-p", "18080:80", &debian];
+    let ports = ["-p", "18080:80", "-p", "18081:81/udp"];
+    let mut args = vec!["-d", "--memory", "256", "--hostname", "web"];
+    args.extend(ports.iter().chain(&[debian.as_str()]));
     args.extend(program);
     let id = network.run(&args).run().ok();
     let container = Detached { id: id.clone() };
@@ -110,10 +123,34 @@ fn a_published_port_leads_to_the_guest() {
         let answer = get(address);
         assert!(answer.ends_with("web\n"), "{address}: {answer}");
     }
+    let mut echo = container.exec(["python3", "-c", ECHO]).spawn();
+    BufReader::new(echo.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+    for address in ["127.0.0.1:18081", "10.89.1.1:18081"] {
+        let socket = UdpSocket::bind(("0.0.0.0", 0)).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        socket.send_to(b"abc", address).unwrap();
+        let mut answer = [0; 4];
+        let (len, sender) = socket.recv_from(&mut answer).unwrap();
+        assert_eq!((&answer[..len], sender.to_string().as_str()), (&b"cba"[..], address));
+    }
+
+    // A port has one owner, whatever that is.
+    let refused = |port: &str, holder: &str| {
+        let said = network.run(&["--rm", "-p", port, &busybox(), "true"]).run();
+        said.failed(&[&format!("of the host is taken by {holder}"), "publish another one"]);
+    };
+    refused("18080:81", &format!("the container {id};"));
+    refused("18081:81/udp", &format!("the container {id};"));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let program = std::fs::read_to_string("/proc/self/comm").unwrap();
+    let program = format!("{} (process {})", program.trim_end(), std::process::id());
+    refused(&format!("{}:80", listener.local_addr().unwrap().port()), &program);
+
     let said = container.exec(["cat", "/etc/resolv.conf", "/etc/hosts"]).run().ok();
     assert!(said.starts_with("nameserver 192.0.2.53\n") && said.contains("10.89.1.2\tweb"), "{said}");
     assert!(said.contains("fd00:89:1::2\tweb"), "{said}");
     drop(container);
+    echo.wait().unwrap();
     assert_eq!(network.traces(&id), [""; 0]);
     assert!(traces_of(&id).is_empty());
 }

@@ -25,6 +25,7 @@ mod roots;
 mod settings;
 mod snapshotters;
 mod streams;
+mod traffic;
 mod tty;
 mod user_net;
 mod volumes;

@@ -20,7 +20,7 @@ fn stay(netns: &Netns, script: &str) -> Detached {
 }
 
 /// Connects as soon as somebody listens there.
-fn connect(address: &str) -> TcpStream {
+pub(super) fn connect(address: &str) -> TcpStream {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         match TcpStream::connect(address) {
@@ -485,6 +485,10 @@ fn changes_of_the_namespace_reach_the_guest() {
     netns.ip("addr del 192.0.2.7/32 dev eth0");
     netns.ip("addr del 2001:db8::7/128 dev eth0");
     wait(&|said| !all.iter().any(|gone| said.contains(gone)));
+    netns.ip("link set eth0 arp off");
+    wait(&|said| said.contains("NOARP"));
+    netns.ip("link set eth0 arp on");
+    wait(&|said| !said.contains("NOARP"));
     // What was there from the start still is.
     let said = container.exec(["ping", "-c", "2", "-W", "20", &netns.host_address()]).run();
     assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);

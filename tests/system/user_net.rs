@@ -73,7 +73,8 @@ fn name_server(address: &str) {
     });
 }
 
-struct Killed(Child);
+/// A process, killed when this is dropped.
+pub(super) struct Killed(pub(super) Child);
 
 impl Drop for Killed {
     fn drop(&mut self) {

@@ -44,6 +44,7 @@ const RTA_TABLE: u16 = 15;
 const RTA_VIA: u16 = 18;
 
 const IFF_UP: u32 = 1;
+const IFF_NOARP: u32 = 0x80;
 /// No duplicate address detection: the address has been in use on the host.
 const IFA_F_NODAD: u32 = 0x02;
 /// The address stays.
@@ -71,6 +72,8 @@ pub(crate) struct Interface {
     pub(crate) mac: [u8; 6],
     pub(crate) name: String,
     pub(crate) mtu: u32,
+    /// Neighbours are not asked for their addresses.
+    pub(crate) no_arp: bool,
     pub(crate) addresses: Vec<Address>,
     pub(crate) neighbours: Vec<Neighbour>,
 }
@@ -185,7 +188,7 @@ pub(crate) fn update(old: &Network, new: &Network) -> Result<()> {
     for interface in &new.interfaces {
         let was = before(&interface.name);
         let index = index_of(&interface.name)?;
-        if was.is_none_or(|was| was.mtu != interface.mtu) {
+        if was.is_none_or(|was| (was.mtu, was.no_arp) != (interface.mtu, interface.no_arp)) {
             raise(&mut netlink, interface, index)?;
         }
         for address in gone(&interface.addresses, was.map_or(&[][..], |was| &was.addresses)) {
@@ -303,11 +306,15 @@ fn set_sysctls(sysctls: &HashMap<String, String>) -> Result<()> {
     Ok(())
 }
 
-/// Brings an interface up.
+/// Brings an interface up, or changes one that is.
 fn raise(netlink: &mut Netlink, interface: &Interface, index: u32) -> Result<()> {
     let Interface { name, mtu, .. } = interface;
-    let request = link(index, IFF_UP, IFF_UP).with(IFLA_MTU, &mtu.to_ne_bytes());
-    netlink.call(request).step_with(|| format!("bring up {name} with an MTU of {mtu}"))
+    netlink.call(raising(interface, index)).step_with(|| format!("bring up {name} with an MTU of {mtu}"))
+}
+
+fn raising(interface: &Interface, index: u32) -> Request {
+    let arp = if interface.no_arp { IFF_NOARP } else { 0 };
+    link(index, IFF_UP | arp, IFF_UP | IFF_NOARP).with(IFLA_MTU, &interface.mtu.to_ne_bytes())
 }
 
 fn add_address(netlink: &mut Netlink, interface: &Interface, address: &Address, index: u32) -> Result<()> {
@@ -501,11 +508,22 @@ mod tests {
         assert_eq!(set_up(&network).unwrap_err().to_string(), "no such interface for eth7");
     }
 
+    #[test]
+    fn an_interface_is_raised_with_arp_or_without() {
+        for (no_arp, flags) in [(false, IFF_UP), (true, IFF_UP | IFF_NOARP)] {
+            let message = raising(&Interface { no_arp, ..eth7() }, 3).finished(1);
+            // Behind the message's header and the structure's first eight bytes: what flags to have, of which ones.
+            let words = [flags, IFF_UP | IFF_NOARP].map(u32::to_ne_bytes).concat();
+            assert_eq!(message[24..32], words);
+        }
+    }
+
     fn eth7() -> Interface {
         Interface {
             mac: [0xfe, 1, 2, 3, 4, 5],
             name: "eth7".into(),
             mtu: 1500,
+            no_arp: false,
             addresses: Vec::new(),
             neighbours: Vec::new(),
         }

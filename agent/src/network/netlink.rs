@@ -117,7 +117,7 @@ impl Request {
         self.aligned()
     }
 
-    fn finished(mut self, sequence: u32) -> Vec<u8> {
+    pub(super) fn finished(mut self, sequence: u32) -> Vec<u8> {
         let length = self.0.len() as u32;
         self.0[..4].copy_from_slice(&length.to_ne_bytes());
         self.0[8..12].copy_from_slice(&sequence.to_ne_bytes());

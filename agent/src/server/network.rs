@@ -37,6 +37,7 @@ fn interface(interface: wire::Interface) -> Result<Interface> {
         mac: mac("network.interfaces.mac", &interface.mac)?,
         name: name("network.interfaces.name", interface.name)?,
         mtu: interface.mtu,
+        no_arp: interface.no_arp,
         addresses: interface.addresses.into_iter().map(address).collect::<Result<_>>()?,
         neighbours: interface.neighbours.into_iter().map(neighbour).collect::<Result<_>>()?,
     })

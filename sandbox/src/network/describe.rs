@@ -39,6 +39,8 @@ pub(super) struct Link {
     pub(super) is_ethernet: bool,
     pub(super) is_up: bool,
     pub(super) is_loopback: bool,
+    /// Nobody on the link is asked for an address, as on an ipvlan in mode l3 (`IFF_NOARP`).
+    pub(super) no_arp: bool,
     /// The bridge or bond that it is part of.
     pub(super) controller: Option<u32>,
     /// The interface of the same namespace that it sits on, such as a VLAN's.
@@ -69,6 +71,7 @@ fn link(message: LinkMessage) -> Link {
         is_ethernet: message.header.link_layer_type == LinkLayerType::Ether,
         is_up: flags.contains(LinkFlags::Up),
         is_loopback: flags.contains(LinkFlags::Loopback),
+        no_arp: flags.contains(LinkFlags::Noarp),
         controller: None,
         lower: None,
     };
@@ -98,6 +101,7 @@ pub(super) fn describe(netlink: &mut Netlink, links: &[Link]) -> io::Result<wire
             mac: link.mac.clone(),
             name: link.name.clone(),
             mtu: link.mtu,
+            no_arp: link.no_arp,
             ..Default::default()
         })
         .collect();
@@ -308,6 +312,16 @@ mod tests {
 
     fn gateway() -> RouteAttribute {
         RouteAttribute::Gateway(RouteAddress::Inet([10, 0, 0, 1].into()))
+    }
+
+    #[test]
+    fn a_link_without_arp_is_one() {
+        for (flags, no_arp) in [(LinkFlags::Up | LinkFlags::Noarp, true), (LinkFlags::Up | LinkFlags::Broadcast, false)]
+        {
+            let mut message = LinkMessage::default();
+            message.header.flags = flags;
+            assert_eq!(link(message).no_arp, no_arp);
+        }
     }
 
     #[test]

@@ -145,7 +145,7 @@ impl Followed {
                 tracing::warn!("an interface that has come is not taken: {error}");
             }
         }
-        self.resize(&links)?;
+        self.adapt(&links)?;
         self.tell().await
     }
 
@@ -189,8 +189,8 @@ impl Followed {
         Ok(())
     }
 
-    /// Takes over the MTUs that interfaces have now.
-    fn resize(&mut self, links: &[Link]) -> Result<(), NetworkError> {
+    /// Takes over the MTUs that interfaces have now, and whether they do without ARP.
+    fn adapt(&mut self, links: &[Link]) -> Result<(), NetworkError> {
         for joined in &mut self.known.joined {
             let Some(now) = links.iter().find(|link| link.index == joined.link.index) else { continue };
             if now.mtu != joined.link.mtu {
@@ -198,6 +198,7 @@ impl Followed {
                     .map_err(interface_step(&joined.link.name, "change the MTU of the tap beside it"))?;
                 joined.link.mtu = now.mtu;
             }
+            joined.link.no_arp = now.no_arp;
         }
         Ok(())
     }

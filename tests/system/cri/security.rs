@@ -1,10 +1,14 @@
 //! What a container's processes may do, and as whom: the same for its first one and for those of ExecSync, and the same as with runc.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown};
+use std::process::Command;
 
 use fixture::cri::api::{ContainerConfig, SecurityProfile};
 use fixture::cri::{Pod, handler_and_runc};
+use fixture::netns::host;
 
 use super::all_alike;
 
@@ -52,6 +56,7 @@ fn a_container_has_the_rights_that_its_pod_names_and_no_others() {
         "uid=1234 gid=2345 groups=2345,3456,4567",
         "touch: /file: Read-only file system",
         "mkdir: can't create directory '/new': Operation not supported",
+        "unshared\nanswered\nechoed",
     ] {
         assert!(seen[0].contains(told), "{told:?} is not in {}", seen[0]);
     }
@@ -104,13 +109,55 @@ fn filtered(pod: &Pod) -> String {
     })
 }
 
-/// Without a filter, and with all capabilities.
+/// Without a filter, and with all capabilities: it makes itself an interface of a VLAN, too.
 fn free(pod: &Pod) -> String {
-    rights(pod, "free", "unshare -U true && echo unshared", |config| {
+    let vlan = Vlan::new();
+    let listener = TcpListener::bind((VLAN_ADDRESS, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let echo = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut bytes = vec![0; 1 << 20];
+        stream.read_exact(&mut bytes).unwrap();
+        stream.write_all(&bytes).unwrap();
+    });
+    let script = format!(
+        "unshare -U true && echo unshared
+        ip link add link eth0 name eth0.5 type vlan id 5; ip addr add 172.31.40.2/24 dev eth0.5; ip link set eth0.5 up
+        ping -c 1 -W 20 -s 1472 {VLAN_ADDRESS} >/dev/null && echo answered
+        dd if=/dev/urandom of=/sent bs=64k count=16 2>/dev/null
+        nc -w 60 {VLAN_ADDRESS} {port} </sent | cmp - /sent && echo echoed"
+    );
+    let seen = rights(pod, "free", &script, |config| {
         let security = config.security();
         security.seccomp = Some(SecurityProfile::unconfined()).into();
         security.capabilities.mut_or_insert_default().add_capabilities = vec!["ALL".into()];
-    })
+    });
+    echo.join().unwrap();
+    drop(vlan);
+    seen
+}
+
+/// What the host has in the VLAN 5 of the pods' bridge.
+const VLAN_ADDRESS: &str = "172.31.40.1";
+const VLAN: &str = "htvlan5";
+
+/// The host's interface in it, gone when this is dropped.
+struct Vlan;
+
+impl Vlan {
+    fn new() -> Self {
+        host(&format!("ip link add link cni0 name {VLAN} type vlan id 5"));
+        let vlan = Self;
+        host(&format!("ip addr add {VLAN_ADDRESS}/24 dev {VLAN}"));
+        host(&format!("ip link set {VLAN} up"));
+        vlan
+    }
+}
+
+impl Drop for Vlan {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "del", VLAN]).output();
+    }
 }
 
 #[test]

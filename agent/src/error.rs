@@ -34,6 +34,23 @@ impl Error {
     pub(crate) fn failed(step: impl Into<Cow<'static, str>>, cause: impl Into<String>) -> Self {
         Self::Failed { step: step.into(), cause: cause.into() }
     }
+
+    /// Whether a file system or a quota is full. libcontainer's processes tell of that in words.
+    pub(crate) fn is_full(&self) -> bool {
+        let words = ["No space left on device", "Disk quota exceeded"];
+        matches!(self, Self::Failed { cause, .. } if words.iter().any(|word| cause.contains(word)))
+    }
+}
+
+/// A cause with the reasons behind it, which can be long and are in the form for programmers. What the system said comes first, because
+/// messages are cut on their way.
+pub(crate) fn with_reasons(cause: &str, reasons: &str) -> String {
+    let said = reasons.rsplit_once("message: \"").and_then(|(_, rest)| rest.split('"').next());
+    match said.filter(|said| !cause.contains(said)) {
+        _ if reasons.is_empty() => cause.to_owned(),
+        Some(said) => format!("{said}: {cause} ({reasons})"),
+        None => format!("{cause} ({reasons})"),
+    }
 }
 
 /// Names the step that an error comes from.
@@ -76,6 +93,17 @@ mod tests {
     #[derive(Debug, thiserror::Error)]
     #[error("outer")]
     struct Outer(#[source] std::io::Error);
+
+    #[test]
+    fn what_the_system_said_comes_first_whatever_was_collected() {
+        let reasons = format!("prepare: err={:?}", std::io::Error::from_raw_os_error(28));
+        let cause = with_reasons("create", &reasons);
+        assert!(cause.starts_with("No space left on device: create (prepare: err=Os { code: 28,"), "{cause}");
+        assert!(Error::failed("step", cause).is_full());
+        assert_eq!(with_reasons("create", ""), "create");
+        assert_eq!(with_reasons("create", "no more is known"), "create (no more is known)");
+        assert!(!Error::failed("step", "create").is_full());
+    }
 
     #[test]
     fn a_failed_step_names_itself_and_every_cause_once() {

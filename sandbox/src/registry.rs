@@ -158,9 +158,18 @@ impl Registry {
             _ => self.state(&dir, source),
         })?;
         let path = dir.join("lock");
-        let lock = open_lock(&path).map_err(|source| self.state(&path, source))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|errno| self.state(&path, errno.into()))?;
-        Ok(Claim { dir, layers: self.layers.join(id), _lock: lock })
+        let locked = open_lock(&path).and_then(|lock| {
+            flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+            Ok(lock)
+        });
+        match locked {
+            Ok(lock) => Ok(Claim { dir, layers: self.layers.join(id), _lock: lock }),
+            Err(source) => {
+                // It is new, and without a lock nobody's. Where it stays, the next claim sweeps it.
+                let _ = std::fs::remove_dir_all(&dir);
+                Err(self.state(&path, source))
+            }
+        }
     }
 
     /// All records, oldest first, after sweeping what dead owners left.

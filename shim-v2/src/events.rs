@@ -17,8 +17,10 @@ use ttrpc::context::with_duration;
 
 /// Events that wait while containerd is away; as many as its own shim keeps.
 const CAPACITY: usize = 2048;
-/// How often an event is tried.
+/// How often an event is tried that containerd does not take.
 const ATTEMPTS: u32 = 5;
+/// Longest time between two looks for a containerd that is away.
+const PAUSE: Duration = Duration::from_secs(4);
 /// How long containerd may take to accept one.
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -117,39 +119,80 @@ async fn send(path: &str, client: &mut Option<EventsClient>, envelope: Envelope)
     let topic = envelope.topic.clone();
     let request = ForwardRequest { envelope: MessageField::some(envelope), ..Default::default() };
     for attempt in 1..=ATTEMPTS {
-        match forward(path, client, &request).await {
-            Ok(()) => return,
+        let connected = match client {
+            Some(client) => client,
+            None => client.insert(connect(path).await),
+        };
+        match connected.forward(with_duration(FORWARD_TIMEOUT), &request).await {
+            Ok(_) => return,
             Err(error) => {
                 tracing::warn!("the event {topic} was not taken ({attempt} of {ATTEMPTS}): {error}");
                 *client = None;
             }
         }
         if attempt < ATTEMPTS {
-            // containerd may be starting anew.
+            // containerd may be ending.
             tokio::time::sleep(Duration::from_secs(attempt.into())).await;
         }
     }
     tracing::error!("the event {topic} is lost");
 }
 
-async fn forward(path: &str, client: &mut Option<EventsClient>, request: &ForwardRequest) -> Result<(), ttrpc::Error> {
-    let connected = match client {
-        Some(client) => client,
-        None => {
-            let stream = tokio::net::UnixStream::connect(path)
-                .await
-                .map_err(|error| ttrpc::Error::Others(format!("connect to {path}: {error}")))?;
-            client.insert(EventsClient::new(Client::new(Socket::new(stream))))
+/// Connects to containerd, however long that is away: what happens meanwhile waits in the queue.
+async fn connect(path: &str) -> EventsClient {
+    let mut pause = Duration::from_secs(1);
+    loop {
+        match tokio::net::UnixStream::connect(path).await {
+            Ok(stream) => return EventsClient::new(Client::new(Socket::new(stream))),
+            Err(error) if pause < PAUSE => tracing::warn!("nobody takes events at {path}, so they wait: {error}"),
+            Err(_) => {}
         }
-    };
-    connected.forward(with_duration(FORWARD_TIMEOUT), request).await.map(drop)
+        tokio::time::sleep(pause).await;
+        pause = PAUSE.min(pause * 2);
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use containerd_shim_protos::events::task::TaskOOM;
+    use containerd_shim_protos::shim_async::{Events, create_events};
+    use protobuf::Message;
+    use protobuf::well_known_types::empty::Empty;
+    use ttrpc::asynchronous::{Server, TtrpcContext};
 
     use super::*;
+
+    /// Takes events, and tells whose they are.
+    struct Containerd(mpsc::UnboundedSender<String>);
+
+    #[async_trait::async_trait]
+    impl Events for Containerd {
+        async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+            let event = TaskOOM::parse_from_bytes(&request.envelope.event.value).unwrap();
+            self.0.send(event.container_id).unwrap();
+            Ok(Empty::new())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn events_wait_for_a_containerd_that_is_away_for_an_hour() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("events").display().to_string();
+        let publisher = Publisher::start(&socket, "tests");
+        for id in ["first", "second"] {
+            publisher.publish("/tasks/oom", &TaskOOM { container_id: id.into(), ..Default::default() });
+        }
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        tokio::time::resume();
+        let (taken, mut told) = mpsc::unbounded_channel();
+        let service = create_events(Arc::new(Containerd(taken)));
+        let mut server = Server::new().bind(&format!("unix://{socket}")).unwrap().register_service(service);
+        server.start().await.unwrap();
+        publisher.flush(Duration::from_secs(60)).await;
+        assert_eq!((told.try_recv().unwrap(), told.try_recv().unwrap()), ("first".into(), "second".into()));
+    }
 
     #[test]
     fn messages_are_named_as_containerd_names_them() {

@@ -13,6 +13,8 @@ use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use hull_settings::Settings;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
+use rustix::io::Errno;
+use rustix::thread::{CoreSchedulingScope, create_core_scheduling_cookie};
 
 use crate::annotations::{self, Role};
 use crate::bootstrap::{self, Start, address};
@@ -27,6 +29,8 @@ pub(crate) const SOCKET_FILE: &str = "shim.socket";
 const ADDRESS_FILE: &str = "address";
 /// In what `-info` prints: the types of mounts that containerd hands over unmounted.
 const ALLOW_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
+/// In the environment, where containerd is to have the pod's threads share cores with each other only.
+const SCHED_CORE: &str = "SCHED_CORE";
 /// The kernel's highest OOM score adjustment.
 const MAX_OOM_SCORE: i32 = 1000;
 
@@ -107,6 +111,9 @@ fn spawn(flags: &Flags, start: &Start, bundle: &Path, listener: UnixListener) ->
     if start.debug {
         command.arg("-debug");
     }
+    if std::env::var_os(SCHED_CORE).is_some_and(|value| !value.is_empty()) {
+        have_cores_alone()?;
+    }
     let mut child = command.spawn()?;
     let noted = note(&bundle.join(PID_FILE), &child.id().to_string());
     if let Err(error) = noted.and_then(|()| Ok(set_oom_score(child.id())?)) {
@@ -115,6 +122,18 @@ fn spawn(flags: &Flags, start: &Start, bundle: &Path, listener: UnixListener) ->
         return Err(error);
     }
     Ok(())
+}
+
+/// Has no other pod's thread run on the other half of a core while one of this pod's runs: what this process starts from now on shares
+/// cores with its own kind alone, the virtual machine included (core scheduling).
+fn have_cores_alone() -> Result<(), Trouble> {
+    match create_core_scheduling_cookie(rustix::process::getpid(), CoreSchedulingScope::Thread) {
+        // Cores without halves are nobody else's anyway.
+        Ok(()) | Err(Errno::NODEV) => Ok(()),
+        Err(error) => {
+            Err(format!("cannot have cores alone, which sched_core in containerd's settings asks for: {error}").into())
+        }
+    }
 }
 
 /// containerd's log. For reading too, so that it survives containerd's restart, and never blocking: a log that nobody

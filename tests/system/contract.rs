@@ -66,6 +66,17 @@ impl Shim {
     async fn start_telling(id: &str, events: impl FnOnce(&Path) -> String) -> Self {
         let dir = tempfile::tempdir().unwrap().keep();
         let output = start_by_message(id, &dir, &events(&dir));
+        Self::started(id, dir, &output).await
+    }
+
+    /// One that is started by a command that `change` has had.
+    async fn start_with(id: &str, change: impl FnOnce(&mut Command) -> &mut Command) -> Self {
+        let dir = tempfile::tempdir().unwrap().keep();
+        let output = output(change(&mut start_command(id, &dir)), &bootstrap_message(id, &dir, NOBODY));
+        Self::started(id, dir, &output).await
+    }
+
+    async fn started(id: &str, dir: PathBuf, output: &Output) -> Self {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let answer = BootstrapResult::parse_from_bytes(&output.stdout).unwrap();
         let client = Client::connect(&answer.address).await.unwrap();
@@ -98,8 +109,11 @@ impl Shim {
                 });
                 let found = found.unwrap();
                 // Nothing is dropped at the end of a process, but its pipes are closed, however it ends.
-                let script = "cat >/dev/null; kill -KILL \"$(cat \"$0/shim.pid\")\"; rm -r \"$0\"";
-                let guard = Command::new("sh").args(["-c", script]).arg(&found.dir).stdin(Stdio::piped()).spawn();
+                let script = "cat >/dev/null; kill -KILL \"$(cat \"$0/shim.pid\")\"; cd \"$0\"
+                    containerd-shim-hull-v2 -namespace tests -id \"$1\" -bundle \"$0\" delete >/dev/null
+                    cd /; rm -r \"$0\"";
+                let mut guard = Command::new("sh");
+                let guard = guard.args(["-c", script]).arg(&found.dir).arg(ID).stdin(Stdio::piped()).spawn();
                 std::mem::forget(guard.unwrap());
                 found
             })
@@ -233,6 +247,14 @@ impl Shim {
         self.assert_nothing_left();
     }
 
+    /// Asserts that nothing of a container is mounted in the tree that the guest sees.
+    #[track_caller]
+    fn assert_no_mounts_of(&self, id: &str) {
+        let mounts = std::fs::read_to_string(format!("/proc/{}/mounts", self.pid())).unwrap();
+        let left: Vec<_> = mounts.lines().filter(|line| line.contains(&format!("/shared/{id}/"))).collect();
+        assert!(left.is_empty(), "{left:#?}");
+    }
+
     /// Asserts that nothing of the pod is left but what its caller made.
     #[track_caller]
     fn assert_nothing_left(&self) {
@@ -260,12 +282,12 @@ impl Drop for Shim {
 fn start_command(id: &str, dir: &Path) -> Command {
     let mut command = Command::new("containerd-shim-hull-v2");
     command.args(["-namespace", "tests", "-id", id, "start"]).current_dir(dir);
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
 
 /// Runs a command with this standard input.
 fn output(command: &mut Command, input: &[u8]) -> Output {
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     child.stdin.take().unwrap().write_all(input).unwrap();
     child.wait_with_output().unwrap()
@@ -273,6 +295,11 @@ fn output(command: &mut Command, input: &[u8]) -> Output {
 
 /// What `start` answers to containerd 2.3 and later.
 fn start_by_message(id: &str, dir: &Path, events: &str) -> Output {
+    output(&mut start_command(id, dir), &bootstrap_message(id, dir, events))
+}
+
+/// What those write to the standard input of `start`.
+fn bootstrap_message(id: &str, dir: &Path, events: &str) -> Vec<u8> {
     let params = BootstrapParams {
         instance_id: id.to_owned(),
         namespace: "tests".to_owned(),
@@ -280,7 +307,7 @@ fn start_by_message(id: &str, dir: &Path, events: &str) -> Output {
         socket_dir: Some(dir.to_str().unwrap().to_owned()),
         ..Default::default()
     };
-    output(&mut start_command(id, dir), &params.write_to_bytes().unwrap())
+    params.write_to_bytes().unwrap()
 }
 
 fn patience() -> Context {

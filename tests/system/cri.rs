@@ -13,14 +13,14 @@ mod sharing;
 mod streaming;
 mod volumes;
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use fixture::cri::api::PortMapping;
+use fixture::cri::api::{PodSandboxStats, PortMapping};
 use fixture::cri::{
-    Code, Container, Executed, Pod, STDERR, STDIN, STDOUT, Streams, debian, eventually, handler_and_runc,
+    Code, Container, Executed, Pod, STDERR, STDIN, STDOUT, Streams, cri, debian, eventually, handler_and_runc,
     handlers_and_runc, is_hull,
 };
 
@@ -108,6 +108,7 @@ fn a_container_is_reached_through_ports_and_probes() {
             config.port_mappings.push(mapping);
         });
         a_host_port_leads_to_it(handler, &pod);
+        statistics_count_what_goes_over_its_network(handler, &pod);
         port_forward_reaches_its_localhost(handler, &pod);
         a_probe_is_told_the_truth_in_time(handler, &pod);
         pod.end();
@@ -315,6 +316,37 @@ fn a_host_port_leads_to_it(handler: &str, pod: &Pod) {
     }
 }
 
+fn statistics_count_what_goes_over_its_network(handler: &str, pod: &Pod) {
+    const TO_THE_POD: usize = 1_000_000;
+    const BACK: usize = 300_000;
+    let script = format!("exec nc -l -p 8081 -e sh -c 'head -c {TO_THE_POD} >/dev/null; head -c {BACK} /dev/zero'");
+    let container = pod.run("counted", &script, |_| {});
+    let bytes = |stats: &PodSandboxStats| {
+        let interface = &stats.linux.network.default_interface;
+        assert_eq!(interface.name, "eth0", "{handler}: {stats}");
+        [interface.rx_bytes.value, interface.tx_bytes.value]
+    };
+    let before = bytes(&pod.stats());
+    let mut connection = eventually("the server listens", || {
+        TcpStream::connect(format!("{}:8081", pod.address())).map_err(|error| error.to_string())
+    });
+    connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    connection.set_write_timeout(Some(Duration::from_secs(60))).unwrap();
+    connection.write_all(&[0; TO_THE_POD]).unwrap();
+    assert_eq!(connection.read_to_end(&mut Vec::new()).unwrap(), BACK, "{handler}");
+    container.ended();
+    // Headers, and what had to be sent again, come on top.
+    let counted = |after: [u64; 2]| {
+        let [received, sent] = [after[0] - before[0], after[1] - before[1]];
+        assert!((1_000_000..1_500_000).contains(&received), "{handler}: {received} bytes came");
+        assert!((300_000..600_000).contains(&sent), "{handler}: {sent} bytes went");
+    };
+    counted(bytes(&pod.stats()));
+    // Both ways of asking are answered.
+    let all = cri().pod_stats();
+    counted(bytes(all.iter().find(|stats| stats.attributes.id == pod.id).expect("all pods are listed")));
+}
+
 fn a_probe_is_told_the_truth_in_time(handler: &str, pod: &Pod) {
     let container = pod.run("probed", "touch /healthy; sleep 2000", |_| {});
     eventually("the probe succeeds", || match container.try_exec("test -e /healthy", 10).unwrap() {
@@ -349,6 +381,17 @@ fn exec_and_attach_carry_streams(handler: &str, pod: &Pod) {
     again.send(STDIN, b"two\n");
     again.expect(STDOUT, b"got two\n");
     container.logs("stdout F got two");
+
+    // Unless its input is for the first client only: with that its input ends, and nothing else.
+    let script = "while read line; do echo got $line; done; echo the end; exit 5";
+    let once = pod.run("once", script, |config| (config.stdin, config.stdin_once) = (true, true));
+    let mut attached = once.attach(false);
+    attached.send(STDIN, b"one\n");
+    attached.expect(STDOUT, b"got one\n");
+    assert_eq!(once.status().state, 1, "{handler}: it runs while its client is there");
+    drop(attached);
+    assert_eq!(once.ended().exit_code, 5, "{handler}");
+    once.logs("stdout F the end");
 }
 
 fn a_terminal_has_a_size_and_passes_interrupts_on(handler: &str, pod: &Pod) {
@@ -363,15 +406,20 @@ fn a_terminal_has_a_size_and_passes_interrupts_on(handler: &str, pod: &Pod) {
     attached.expect(STDOUT, b"typed\r\ntyped\r\n");
     attached.send(STDIN, &[3]);
     attached.expect(STDOUT, b"interrupted");
+    // Sizes come by another way than bytes.
+    let is_of_size = |terminal: u32, size: &str| {
+        eventually("the size is set", || match container.exec(&format!("stty size </dev/pts/{terminal}")) {
+            found if found == size => Ok(()),
+            found => Err(format!("{handler}: {found}")),
+        });
+    };
+    attached.resize(90, 33);
+    is_of_size(0, "33 90");
 
     let mut exec = container.stream("tty; read line; stty size; exit 6", true);
     exec.expect(STDOUT, b"/dev/pts/");
     exec.resize(101, 37);
-    // Sizes come by another way than bytes.
-    eventually("the size is set", || match container.exec("stty size </dev/pts/1").as_str() {
-        "37 101" => Ok(()),
-        other => Err(other.to_owned()),
-    });
+    is_of_size(1, "37 101");
     exec.send(STDIN, b"\n");
     exec.expect(STDOUT, b"37 101");
     assert_eq!(exec.exit_code(), 6, "{handler}");

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use fixture::containerd::{BUSYBOX, RUNTIME, ctr, run_script};
+use fixture::cri::eventually;
 
 /// A drop-in, gone at the end.
 struct DropIn {
@@ -25,35 +26,62 @@ impl Drop for DropIn {
     }
 }
 
-/// The guest's memory and the number of its CPUs, in a pod with these annotations.
+/// What a guest says of itself.
+struct Guest {
+    memory_mib: u64,
+    cpus: String,
+    cmdline: String,
+}
+
+/// That of a pod with these annotations.
 #[track_caller]
-fn size<const N: usize>(id: &str, annotations: [&str; N]) -> (u64, String) {
+fn guest<const N: usize>(id: &str, annotations: [&str; N]) -> Guest {
     let options: Vec<String> = annotations
         .iter()
         .flat_map(|pair| ["--annotation".to_owned(), format!("io.katacontainers.config.hypervisor.{pair}")])
         .collect();
-    let script = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo; nproc";
+    let script = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo; nproc; cat /proc/cmdline";
     let args = ["run", "--rm", "--runtime", RUNTIME].map(str::to_owned).into_iter().chain(options);
     let said = ctr(args.chain([BUSYBOX, id, "sh", "-c", script].map(str::to_owned)));
     let said = said.ok();
-    let (kib, cpus) = said.split_once('\n').unwrap();
-    (kib.parse::<u64>().unwrap() / 1024, cpus.to_owned())
+    let [kib, cpus, cmdline] = said.lines().collect::<Vec<_>>()[..] else { panic!("{said}") };
+    Guest {
+        memory_mib: kib.parse::<u64>().unwrap() / 1024,
+        cpus: cpus.to_owned(),
+        // A space behind the last word too.
+        cmdline: format!("{cmdline} "),
+    }
 }
 
 #[test]
 fn a_drop_in_changes_the_memory_of_pods_and_what_annotations_do() {
-    let (default, _) = size("plain", []);
-    assert!((400..=512).contains(&default), "{default} MiB");
+    let dropped = DropIn::new(
+        "50-test.toml",
+        "[guest]\nkernel_params = 'of_the=node'\n[pod]\nallowed_annotations = ['kernel_params']",
+    );
+    let plain = guest("plain", ["kernel_params=of_the=pod more"]);
+    assert!((400..=512).contains(&plain.memory_mib), "{} MiB", plain.memory_mib);
+    assert!(plain.cmdline.contains(" of_the=node of_the=pod more "), "{}", plain.cmdline);
+    drop(dropped);
     let dropped = DropIn::new(
         "50-test.toml",
         "[guest]\ndefault_memory_mib = 256\n[pod]\nallowed_annotations = ['default_vcpus']",
     );
-    let (memory, cpus) = size("changed", ["default_memory=1024", "default_vcpus=2", "kernel_params=nonsense"]);
+    let changed = guest("changed", ["default_memory=1024", "default_vcpus=2", "kernel_params=nonsense"]);
+    let memory = changed.memory_mib;
     assert!((150..=256).contains(&memory), "{memory} MiB: the annotation was not to count");
-    assert_eq!(cpus, "2");
+    assert_eq!(changed.cpus, "2");
+    assert!(!changed.cmdline.contains("nonsense"), "{}", changed.cmdline);
+    for key in ["default_memory", "kernel_params"] {
+        let told = format!("hypervisor.{key} is ignored: pod.allowed_annotations does not have {key}");
+        eventually("the log has it", || match fixture::containerd::log() {
+            log if log.contains(&told) => Ok(()),
+            log => Err(format!("{told:?} is not in {log}")),
+        });
+    }
     drop(dropped);
-    let (allowed, _) = size("back", ["default_memory=1024"]);
-    assert!((900..=1024).contains(&allowed), "{allowed} MiB");
+    let memory = guest("back", ["default_memory=1024"]).memory_mib;
+    assert!((900..=1024).contains(&memory), "{memory} MiB");
 }
 
 #[test]

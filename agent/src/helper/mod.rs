@@ -26,7 +26,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, Resource, Rlimit, setrlimit, umask};
 use tokio::io::Interest;
 
-use crate::error::{Error, Result, Step};
+use crate::error::{Error, Result, Step, with_reasons};
 
 /// The name under which the agent starts itself as a helper.
 pub(crate) const NAME: &str = "hull-container-helper";
@@ -89,9 +89,7 @@ pub(crate) fn main() -> ExitCode {
     // The reasons behind a failure, where the error itself does not have them.
     let result = result.map_err(|error| match (error, errors) {
         (Error::Failed { step, cause }, Ok(errors)) => {
-            let reasons = crate::log::collected(&errors);
-            let cause = if reasons.is_empty() { cause } else { format!("{cause} ({reasons})") };
-            Error::Failed { step, cause }
+            Error::Failed { step, cause: with_reasons(&cause, &crate::log::collected(&errors)) }
         }
         (error, _) => error,
     });

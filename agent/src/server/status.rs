@@ -12,6 +12,7 @@ impl From<Error> for ttrpc::Error {
             Error::Exists(_) => Code::ALREADY_EXISTS,
             Error::State(_) => Code::FAILED_PRECONDITION,
             Error::TimedOut(_) => Code::DEADLINE_EXCEEDED,
+            Error::Failed { .. } if error.is_full() => Code::RESOURCE_EXHAUSTED,
             Error::Failed { .. } => Code::INTERNAL,
         };
         tracing::debug!("answer {code:?}: {error}");

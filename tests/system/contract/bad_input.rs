@@ -12,6 +12,8 @@ use super::*;
 
 #[test]
 fn task_create_of_a_container_that_cannot_be_is_refused_by_its_cause_and_leaves_its_name_free() {
+    // Before the shim, which may not see what is mounted later.
+    let disk = Small::new();
     run(async {
         let (shim, _) = Shim::with_sandbox("wrong").await;
         let tasks = shim.tasks();
@@ -21,6 +23,7 @@ fn task_create_of_a_container_that_cannot_be_is_refused_by_its_cause_and_leaves_
             let (code, message) = refused(tasks.create(patience(), &create("one", &bundle)).await);
             assert_eq!(code, expected, "{message}");
             assert!(words.iter().all(|word| message.contains(word)), "{message}");
+            shim.assert_no_mounts_of("one");
             std::fs::write(bundle.join("config.json"), &good).unwrap();
         };
 
@@ -48,13 +51,36 @@ fn task_create_of_a_container_that_cannot_be_is_refused_by_its_cause_and_leaves_
             change(&bundle, |spec| spec["hooks"] = json!({ kind: [{ "path": "/bin/hook" }] }));
             wrong(Code::INVALID_ARGUMENT, &[&format!("hooks.{kind}"), "/bin/hook"]).await;
         }
+        let full = disk.path().join("root");
+        std::fs::create_dir(&full).unwrap();
+        let elsewhere = disk.path().join("bundle");
+        std::fs::create_dir(&elsewhere).unwrap();
+        change(&bundle, |spec| spec["root"]["path"] = full.to_str().unwrap().into());
+        std::fs::copy(bundle.join("config.json"), elsewhere.join("config.json")).unwrap();
+        disk.fill();
+        let log = format!("file://{}", disk.path().join("log").display());
+        for (request, what) in [
+            // In the guest, that no place for a mount can be made. By another name: the guest may take this root for the next one that is
+            // called the same, for a second.
+            (create("full", &bundle), "create the container"),
+            // On the node, that no stream and no file for the guest can.
+            (CreateTaskRequest { stdout: log.clone(), ..create("one", &bundle) }, log.as_str()),
+            (create("one", &elsewhere), "resolv.conf"),
+        ] {
+            let (code, message) = refused(tasks.create(patience(), &request).await);
+            assert_eq!(code, Code::RESOURCE_EXHAUSTED, "{message}");
+            assert!(message.contains(what) && message.contains("No space left"), "{message}");
+            shim.assert_no_mounts_of(&request.id);
+        }
+        std::fs::write(bundle.join("config.json"), &good).unwrap();
         change(&bundle, |spec| spec["process"]["args"] = json!(["/no/such/program"]));
         let created = tasks.create(patience(), &create("one", &bundle)).await;
         if created.is_ok() {
             assert!(refused(shim.start_task("one", "").await).1.contains("/no/such/program"));
             shim.delete_task("one", "").await.unwrap();
         } else {
-            assert!(refused(created).1.contains("/no/such/program"));
+            let (_, message) = refused(created);
+            assert!(message.contains("/no/such/program"), "{message}");
         }
 
         // Nothing of all that is in the way.
@@ -85,6 +111,31 @@ fn task_create_in_a_network_namespace_that_does_not_exist_is_refused_and_leaves_
             assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
             assert!(message.contains("the network namespace /run/netns/no-such does not exist"), "{message}");
             assert_eq!(refused(shim.state("nowhere", "").await).0, Code::NOT_FOUND);
+        }
+        shim.end().await;
+    });
+}
+
+#[test]
+fn task_create_without_room_for_what_hull_keeps_says_so_and_leaves_nothing() {
+    let state = Small::new();
+    run(async {
+        let shim = Shim::start_with("cramped", |command| command.env("HULL_STATE_DIR", state.path())).await;
+        let bundle = shim.single_bundle("true");
+        // With room for more names each time; a machine takes more than all of these.
+        for names in 1..6 {
+            state.remount(&format!("nr_inodes={names}"));
+            let (code, message) = refused(shim.tasks().create(patience(), &create("cramped", &bundle)).await);
+            println!("{names}: {message}");
+            assert_eq!(code, Code::RESOURCE_EXHAUSTED, "{names}: {message}");
+            assert!(message.contains(state.path().to_str().unwrap()), "{names}: {message}");
+            assert!(message.contains("No space left"), "{names}: {message}");
+            assert_eq!(refused(shim.state("cramped", "").await).0, Code::NOT_FOUND);
+            let left = std::fs::read_dir(state.path()).unwrap();
+            let left = left.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            // All sandboxes' locks begin with a dot.
+            let left: Vec<_> = left.filter(|name| !name.starts_with('.')).collect();
+            assert!(left.is_empty(), "{names}: {left:?}");
         }
         shim.end().await;
     });
@@ -275,15 +326,33 @@ fn task_create_goes_on_when_its_client_vanishes() {
     });
 }
 
-/// A file system of 64 KiB; unmounted when dropped.
+/// A small file system; unmounted when dropped.
 struct Small(tempfile::TempDir);
 
 impl Small {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"]).arg(dir.path()).status();
-        assert!(mounted.unwrap().success());
+        let options = ["-t", "tmpfs", "-o", "size=64k,nr_inodes=32", "tmpfs"];
+        assert!(Command::new("mount").args(options).arg(dir.path()).status().unwrap().success());
         Self(dir)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn remount(&self, options: &str) {
+        let options = format!("remount,{options}");
+        assert!(Command::new("mount").args(["-o", &options]).arg(self.path()).status().unwrap().success());
+    }
+
+    /// Leaves no room for a byte or a name.
+    fn fill(&self) {
+        let mut filler = File::create(self.path().join("filler")).unwrap();
+        assert_eq!(filler.write_all(&[0; 1 << 20]).unwrap_err().kind(), std::io::ErrorKind::StorageFull);
+        let names = (0..).map(|number| File::create(self.path().join(format!("name{number}"))));
+        let error = names.filter_map(Result::err).next().unwrap();
+        assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
     }
 }
 
@@ -296,15 +365,14 @@ impl Drop for Small {
 #[test]
 fn binary_start_on_a_full_disk_says_so_and_leaves_nothing() {
     let disk = Small::new();
-    let mut filler = File::create(disk.0.path().join("filler")).unwrap();
-    assert_eq!(filler.write_all(&[0; 1 << 20]).unwrap_err().kind(), std::io::ErrorKind::StorageFull);
-    let output = start_by_message("full", disk.0.path(), NOBODY);
+    disk.fill();
+    let output = start_by_message("full", disk.path(), NOBODY);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && output.stdout.is_empty(), "{said}");
     assert!(said.contains("No space left"), "{said}");
     let shims = fixture::containerd::processes("containerd-shim-hull-v2");
     assert!(!shims.iter().any(|(_, words)| words.iter().any(|word| word == "full")), "{shims:?}");
-    let left: Vec<_> = std::fs::read_dir(disk.0.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let left: Vec<_> = std::fs::read_dir(disk.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     let sockets = left.iter().filter(|name| name.len() == 64).count();
     assert_eq!(sockets, 0, "{left:?}");
 }
@@ -314,7 +382,7 @@ fn streams_file_on_a_full_disk_holds_nothing_up() {
     let disk = Small::new();
     run(async {
         let (shim, _) = Shim::with_sandbox("full").await;
-        let out = disk.0.path().join("out");
+        let out = disk.path().join("out");
         let stdout = format!("file://{}", out.display());
         let request = CreateTaskRequest {
             stdout,

@@ -23,7 +23,9 @@ esac
 
 /// `start` as containerd up to 2.2 calls it, with runtime options or nothing on standard input.
 fn start_by_flags(id: &str, dir: &Path, input: &[u8]) -> Output {
-    output(start_command(id, dir).env("TTRPC_ADDRESS", NOBODY).env("MAX_SHIM_VERSION", "2"), input)
+    let mut command = start_command(id, dir);
+    command.env("TTRPC_ADDRESS", NOBODY).env("MAX_SHIM_VERSION", "2").env("GOMAXPROCS", "2");
+    output(&mut command, input)
 }
 
 /// `delete` of a container.
@@ -195,6 +197,41 @@ fn binary_start_whose_daemon_nobody_asks_to_create_anything_ends_by_itself() {
 }
 
 #[test]
+fn binary_start_by_environment_keeps_to_its_processors_and_shares_cores_only_where_it_may() {
+    let cookie = |pid: i32| {
+        rustix::thread::core_scheduling_cookie(
+            rustix::process::Pid::from_raw(pid).unwrap(),
+            rustix::thread::CoreSchedulingScope::Thread,
+        )
+    };
+    // As containerd has its setting `sched_core`: on, off, and off as containerd never says it.
+    for (sched_core, is_on) in [(Some("1"), true), (None, false), (Some(""), false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = start_command("flags", dir.path());
+        command.env("TTRPC_ADDRESS", NOBODY).env("GOMAXPROCS", "2").envs(sched_core.map(|value| ("SCHED_CORE", value)));
+        let output = output(&mut command, b"");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let own = cookie(std::process::id().cast_signed());
+        if is_on && own == Err(rustix::io::Errno::INVAL) {
+            // A kernel without core scheduling: what is asked for cannot be had.
+            assert!(!output.status.success() && said.contains("sched_core"), "{said}");
+            continue;
+        }
+        assert!(output.status.success(), "{said}");
+        let pid: i32 = std::fs::read_to_string(dir.path().join("shim.pid")).unwrap().parse().unwrap();
+        match (own, cookie(pid)) {
+            (Ok(own), Ok(shims)) => assert_eq!(shims != own, is_on, "{sched_core:?}: {own} and {shims}"),
+            // On a machine whose cores have one thread each nobody has a cookie.
+            (own, shims) => assert!(own.is_err() && shims.is_err(), "{own:?} and {shims:?}"),
+        }
+        // What is not Go has as many threads as it likes; this one has no use for more than it may.
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().count();
+        assert!(threads <= 2, "{threads} threads");
+        end(dir.path());
+    }
+}
+
+#[test]
 fn binary_serves_both_versions_of_the_task_service() {
     run(async {
         let (shim, vmm) = Shim::shared().await;
@@ -220,7 +257,7 @@ fn binary_serves_both_versions_of_the_task_service() {
 fn binary_info_is_a_runtime_info_whatever_is_on_standard_input() {
     for input in [b"".as_slice(), b"options of some kind"] {
         let mut command = Command::new("containerd-shim-hull-v2");
-        command.arg("-info").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.arg("-info");
         let output = output(&mut command, input);
         assert!(output.status.success() && output.stderr.is_empty());
         let info = RuntimeInfo::parse_from_bytes(&output.stdout).unwrap();

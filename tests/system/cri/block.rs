@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use fixture::cri::api::{ContainerConfig, Device};
-use fixture::cri::{Pod, eventually, handler_and_runc};
+use fixture::cri::{Container, Pod, eventually, handler_and_runc};
 use fixture::netns::host;
 
 /// A disk of the node's; gone when dropped.
@@ -91,8 +91,24 @@ fn a_block_device_is_a_disk_of_the_guests_at_the_path_asked_for() {
         });
         let again = pod.run("again", "sleep 1000", |config| device(config, &disk.node, "/dev/data", "mr"));
         assert_eq!(again.exec("dd if=/dev/data bs=8 skip=512 count=1 2>/dev/null"), "inside02", "{handler}");
+        one_that_comes_later_may_write(handler, &pod, &disk, &again);
         pod.end();
     }
+}
+
+/// While one that only reads has the disk, which the guest cannot write to by then.
+fn one_that_comes_later_may_write(handler: &str, pod: &Pod, disk: &Loop, reader: &Container) {
+    let late = pod.run("late", "sleep 1000", |config| device(config, &disk.node, "/dev/data", "mrw"));
+    late.exec("printf inside03 | dd of=/dev/data bs=8 seek=512 conv=fsync 2>/dev/null");
+    assert_eq!(&disk.read(4096), b"inside03", "{handler}");
+    // Who opens it anew sees that, and may still not write.
+    assert_eq!(reader.exec("dd if=/dev/data bs=8 skip=512 count=1 2>/dev/null"), "inside03", "{handler}");
+    let refused = reader.try_exec("printf x >/dev/data", 0).unwrap();
+    assert!(refused.code != 0 && refused.stderr.contains("not permitted"), "{handler}: {refused:?}");
+    // The end of the one that reads is none for the other.
+    reader.stop(0);
+    reader.remove();
+    assert_eq!(late.exec("dd if=/dev/data bs=8 skip=512 count=1 2>/dev/null"), "inside03", "{handler}");
 }
 
 #[test]

@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use fixture::cri::api::ContainerConfig;
 use fixture::cri::{Container, Pod, handler_and_runc, handlers, is_hull};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -128,6 +129,50 @@ fn a_read_only_volume_is_so_on_the_node_whatever_the_guest_does() {
     pod.end();
 }
 
+/// A directory of the node's of which a container has parts: a directory and a file by `subPath`, and the same file by itself.
+struct Parts {
+    whole: tempfile::TempDir,
+    directory: PathBuf,
+    file: PathBuf,
+}
+
+impl Parts {
+    fn new(pod: &Pod) -> Self {
+        let whole = tempfile::tempdir_in("/var/tmp").unwrap();
+        fs::write(whole.path().join("file"), "old").unwrap();
+        fs::write(whole.path().join("other"), "").unwrap();
+        let directory = pod.part_of_volume(whole.path(), "a part/inner", "main", 1);
+        let file = pod.part_of_volume(whole.path(), "file", "main", 2);
+        Self { whole, directory, file }
+    }
+
+    fn mount(&self, config: &mut ContainerConfig) {
+        config.mount(&self.directory, "/parts/directory", false);
+        config.mount(&self.file, "/parts/file", false);
+        config.mount(&self.whole.path().join("file"), "/parts/whole-file", false);
+        config.mount(&self.whole.path().join("other"), "/parts/readonly", true);
+    }
+
+    fn are_seen_as_they_are(&self, handler: &str, container: &Container) {
+        let whole = self.whole.path();
+        container.exec("echo inside >/parts/directory/new");
+        assert_eq!(fs::read_to_string(whole.join("a part/inner/new")).unwrap(), "inside\n", "{handler}");
+        // Nothing of what is beside and above it.
+        assert_eq!(
+            container.exec("ls -A /parts/directory; ls -A /parts"),
+            "new\ndirectory\nfile\nreadonly\nwhole-file"
+        );
+        assert_eq!(
+            container.exec("cat /parts/file; echo new >/parts/file; cat /parts/whole-file"),
+            "oldnew",
+            "{handler}"
+        );
+        assert_eq!(fs::read_to_string(whole.join("file")).unwrap(), "new\n", "{handler}");
+        let refused = container.try_exec("echo mine >/parts/readonly", 0).unwrap();
+        assert!(refused.code != 0 && refused.stderr.contains("Read-only"), "{handler}: {refused:?}");
+    }
+}
+
 /// How long a change on the node may take to be seen.
 const A_SECOND: Duration = Duration::from_secs(1);
 
@@ -142,11 +187,13 @@ fn directories_of_the_node_are_seen_as_they_are() {
         let pod = Pod::start(handler, |_| {});
         let disk = pod.volume("kubernetes.io~empty-dir", "disk");
         let part = pod.part_of_volume(&disk, "a part/inner", "main", 0);
+        let parts = Parts::new(&pod);
         let container = pod.run("main", "exec sleep 1000", |config| {
             config.mount(node.path(), "/node", false);
             config.mount(&disk, "/disk", false);
             config.mount(&part, "/part", false);
             config.mount(node.path(), "/readonly", true);
+            parts.mount(config);
         });
         let refused = |path: &str| {
             let done = container.try_exec(&format!("echo mine >{path}"), 0).unwrap();
@@ -160,6 +207,7 @@ fn directories_of_the_node_are_seen_as_they_are() {
         // Hull leaves it to the node what a guest may write, and that with all that is below.
         assert_eq!(refused("/readonly/below/file"), is_hull(handler), "{handler}");
 
+        parts.are_seen_as_they_are(handler, &container);
         changes_of_the_node_are_seen_within_a_second(handler, node.path(), &container);
         umount2(&below, MntFlags::MNT_DETACH).unwrap();
         pod.end();

@@ -24,6 +24,7 @@ mod roots;
 mod settings;
 mod snapshotters;
 mod streams;
+mod traces;
 mod tty;
 mod user_net;
 mod volumes;

@@ -25,6 +25,7 @@ mod roots;
 mod settings;
 mod snapshotters;
 mod streams;
+mod traces;
 mod traffic;
 mod tty;
 mod user_net;

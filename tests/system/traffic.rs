@@ -29,9 +29,12 @@ while True:
 #[test]
 fn datagrams_connections_and_measures_go_through_one_guest() {
     let netns = Netns::with_eth0(1500);
-    // The host's own program is the one that measures.
-    let (option, image) = (netns.option(), debian());
-    let options = ["--memory", "256", "--cpus", "2", "--net", &option, "-v", "/usr:/host/usr:ro"];
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let disk = dir.path().join("disk");
+    fs::File::create(&disk).unwrap().set_len(4 << 20).unwrap();
+    // The host's own programs are those that measure.
+    let (option, disk, image) = (netns.option(), disk.to_str().unwrap(), debian());
+    let options = ["--memory", "256", "--cpus", "2", "--net", &option, "--disk", disk, "-v", "/usr:/host/usr:ro"];
     let args = ["run", "-d"].into_iter().chain(options).chain([image.as_str(), "python3", "-c", COUNTER]);
     let container = Detached { id: fixture::Hull::new(args).run().ok() };
 
@@ -41,6 +44,7 @@ fn datagrams_connections_and_measures_go_through_one_guest() {
     }
     connections_of_two_processors_use_two_queues(&netns, &container);
     iperf3_measures_both_ways(&netns, &container);
+    fio_finds_what_it_wrote(&container);
 }
 
 /// How many connections there are to be. In the lab each takes five milliseconds; HULL_TEST_CONNECTIONS asks for more.
@@ -197,8 +201,9 @@ fn connections_of_two_processors_use_two_queues(netns: &Netns, container: &Detac
 /// Runs a program of the host's with these arguments in the guest, on the host's libraries.
 fn host_program(container: &Detached, arguments: &str) -> String {
     let usr = "/host/usr";
-    let script =
-        format!("{usr}/lib64/ld-linux-x86-64.so.2 --library-path {usr}/lib/x86_64-linux-gnu {usr}/bin/{arguments}");
+    let script = format!(
+        "{usr}/lib64/ld-linux-x86-64.so.2 --library-path {usr}/lib/x86_64-linux-gnu:{usr}/lib/x86_64-linux-gnu/ceph {usr}/bin/{arguments}"
+    );
     container.exec(["sh", "-c", &script]).run().ok()
 }
 
@@ -213,6 +218,18 @@ fn iperf3_measures_both_ways(netns: &Netns, container: &Detached) {
         let report: serde_json::Value = serde_json::from_str(&report).unwrap();
         assert!(report["end"]["sum_received"]["bytes"].as_u64().unwrap() > 1 << 20, "{direction} {report}");
     }
+}
+
+fn fio_finds_what_it_wrote(container: &Detached) {
+    let job = "fio --name=smoke --filename=/dev/vda --rw=randwrite --bs=4k --size=4M --direct=1 --ioengine=libaio \
+               --iodepth=8 --verify=crc32c --output-format=json \
+               --output=/report >/dev/null && cat /report";
+    // Its notes go to standard output, too.
+    let report = host_program(container, job);
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    let job = &report["jobs"][0];
+    let blocks = ["write", "read"].map(|way| job[way]["total_ios"].as_u64().unwrap());
+    assert_eq!((blocks, &job["error"]), ([1024, 1024], &0.into()), "{report}");
 }
 
 /// A program that answers echo requests on a tap of its own.

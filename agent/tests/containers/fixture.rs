@@ -337,6 +337,10 @@ impl Drop for Guest {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
+        // What is in a guest's memory goes with its machine, which there is none of here.
+        for volume in fs::read_dir(self.directory.path().join("state/volumes")).into_iter().flatten().flatten() {
+            let _ = rustix::mount::unmount(volume.path(), rustix::mount::UnmountFlags::DETACH);
+        }
     }
 }
 

@@ -25,7 +25,6 @@ mod roots;
 mod settings;
 mod snapshotters;
 mod streams;
-mod traces;
 mod traffic;
 mod tty;
 mod user_net;

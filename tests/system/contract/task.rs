@@ -31,6 +31,25 @@ impl Shim {
 }
 
 #[test]
+fn task_create_has_its_own_root_under_an_id_that_has_just_become_free() {
+    run(async {
+        let (shim, _) = Shim::shared().await;
+        for round in ["first", "second"] {
+            let bundle = shim.bundle("reborn", &["/bin/cat", "/round"]);
+            std::fs::write(bundle.join("rootfs/round"), round).unwrap();
+            let out = bundle.join(round);
+            let stdout = format!("file://{}", out.display());
+            shim.tasks().create(patience(), &CreateTaskRequest { stdout, ..create("reborn", &bundle) }).await.unwrap();
+            shim.start_task("reborn", "").await.unwrap();
+            says(&out, round);
+            shim.remove_task("reborn").await;
+            // The next is another directory.
+            std::fs::rename(bundle.join("rootfs"), bundle.join(format!("root of the {round}"))).unwrap();
+        }
+    });
+}
+
+#[test]
 fn task_state_tells_each_state_the_streams_and_the_exit() {
     run(async {
         let (shim, vmm) = Shim::shared().await;

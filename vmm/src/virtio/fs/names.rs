@@ -26,7 +26,7 @@ impl State {
         match self.enter_at(parent, name) {
             Err(error) if self.policy.negative_names && error.raw_os_error() == Some(libc::ENOENT) => {
                 // Node 0: the guest may remember that there is nothing.
-                Ok(Entry { entry_timeout: self.policy.timeout, ..Entry::default() })
+                Ok(Entry { entry_timeout: self.name_timeout(parent), ..Entry::default() })
             }
             result => result,
         }

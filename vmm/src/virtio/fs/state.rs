@@ -5,6 +5,7 @@ use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use fuse_backend_rs::api::filesystem::{Context, Entry};
 use vmm_sys_util::eventfd::EventFd;
@@ -12,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::credentials::Credentials;
 use super::handles::Handles;
 use super::host::{Host, Stat};
-use super::inodes::{Inodes, Slot};
+use super::inodes::{Inodes, Node, ROOT, Slot};
 use super::locks::Locks;
 use super::locks::snapshot::SavedLocks;
 use super::policy::Policy;
@@ -177,15 +178,22 @@ impl State {
         inode ^ *self.devices.entry(device).or_insert(next) << INODE_BITS
     }
 
+    /// How long a name in `directory` stays good. At the root of a tree of containers that is no time at all: they come and go by the
+    /// host's doing, and one may be called as another that has just gone.
+    pub(super) fn name_timeout(&self, directory: Slot) -> Duration {
+        if self.private.is_some() && directory == ROOT { Duration::ZERO } else { self.policy.timeout }
+    }
+
     /// The answer to a lookup that [`Inodes::enter`] counted.
     pub(super) fn entry(&mut self, slot: Slot, stat: &Stat) -> Entry {
+        let directory = self.inodes.node(slot).ok().and_then(Node::place).map_or(slot, |(directory, _)| directory);
         Entry {
             inode: self.inodes.number(slot),
             generation: 0,
             attr: self.attributes(stat),
             attr_flags: 0,
             attr_timeout: self.policy.timeout,
-            entry_timeout: self.policy.timeout,
+            entry_timeout: self.name_timeout(directory),
         }
     }
 }

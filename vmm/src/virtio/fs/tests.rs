@@ -815,6 +815,23 @@ fn caching_follows_the_policy() {
     }
 }
 
+#[test]
+fn names_at_the_root_of_a_tree_of_containers_are_asked_for_each_time() {
+    for cache in [CachePolicy::Auto, CachePolicy::Always] {
+        let mut b = require!(bench_with(false, cache));
+        b.fs.share.state().private = Some(b"rootfs".to_vec());
+        fs::create_dir_all(b.path("container/rootfs")).unwrap();
+        let container = b.ask(LOOKUP, ROOT, &named(vec![], &["container"])).unwrap();
+        let root = b.ask(LOOKUP, u64_at(&container, 0), &named(vec![], &["rootfs"])).unwrap();
+        let valid = |entry: &[u8]| (u64_at(entry, 16), u32_at(entry, 32));
+        assert_eq!(valid(&container), (0, 0));
+        assert!(valid(&root) >= (1, 0));
+        if let Ok(nothing) = b.ask(LOOKUP, ROOT, &named(vec![], &["none"])) {
+            assert_eq!(valid(&nothing), (0, 0));
+        }
+    }
+}
+
 /// What a hostile guest might send: mostly near-requests, some noise.
 fn hostile_message() -> impl Strategy<Value = Vec<u8>> {
     let opcode = prop_oneof![8 => 0..54_u32, 1 => OF_HULL, 1 => any::<u32>()];

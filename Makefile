@@ -98,10 +98,11 @@ test: ## run every test
 	@$(MAKE) --no-print-directory -j build image lab test-programs
 	tests/run
 
+# All with `--workspace`: of a part of it, cargo would build what it depends on anew, with fewer features.
 .PHONY: test-programs
 test-programs: packages
 	$(CARGO) test --workspace --locked --no-run
-	$(CARGO) test --locked -p hull-tests --test system --no-run
+	$(CARGO) test --workspace --locked --test system --no-run
 
 .PHONY: bench
 bench: ready ## measure in the counted lab; writes build/bench.json

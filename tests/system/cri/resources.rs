@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use fixture::containerd::{RUNTIME, ctr};
-use fixture::cri::{Container, Pod, cgroup_below, eventually, handlers, handlers_and_runc, is_hull};
+use fixture::cri::{Container, Pod, cgroup_below, eventually, handler_and_runc, handlers, is_hull};
 
 use super::all_alike;
 
@@ -15,7 +15,8 @@ const GREEDY: &str = "exec dd if=/dev/zero of=/dev/null bs=100M count=1";
 
 #[test]
 fn a_container_that_runs_out_of_memory_is_told_so() {
-    let seen: Vec<String> = handlers_and_runc()
+    let seen: Vec<String> = handler_and_runc()
+        .into_iter()
         .map(|handler| {
             println!("with {handler}");
             let pod = Pod::start(handler, |config| {

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use fixture::cri::api::{HugepageLimit, IDMapping, Mount, PodSandboxConfig, UserNamespace};
-use fixture::cri::{Code, Pod, Traces, cri, debian, eventually, handler_and_runc, handlers, handlers_and_runc};
+use fixture::cri::{Code, Pod, Traces, cri, debian, eventually, handler_and_runc, handlers};
 
 use super::all_alike;
 
@@ -14,7 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 #[test]
 fn sysctls_of_a_pod_hold_in_its_containers() {
-    for handler in handlers_and_runc() {
+    for handler in handler_and_runc() {
         let sysctls = [
             ("net/ipv4/tcp_syncookies", "0"),
             // With dots, as containerd has it: of two spellings of one name either may come last.
@@ -47,7 +47,8 @@ fn sysctls_of_a_pod_hold_in_its_containers() {
 #[test]
 fn low_ports_are_as_free_in_a_pod_as_with_runc() {
     // containerd 2 frees them for all pods, 1.7 does not.
-    let seen: Vec<String> = handlers_and_runc()
+    let seen: Vec<String> = handler_and_runc()
+        .into_iter()
         .map(|handler| {
             let pod = Pod::start(handler, |_| {});
             let container = pod.run("main", "sleep 1000", |_| {});
@@ -145,7 +146,8 @@ fn an_image_is_a_volume_that_nobody_can_change() {
     if cri().is_of_version_1() {
         return;
     }
-    let seen: Vec<String> = handlers_and_runc()
+    let seen: Vec<String> = handler_and_runc()
+        .into_iter()
         .map(|handler| {
             println!("with {handler}");
             let pod = Pod::start(handler, |_| {});

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fixture::cri::api::{ContainerConfig, DNSConfig};
-use fixture::cri::{Container, Pod, eventually, handler_and_runc, handlers_and_runc, is_hull};
+use fixture::cri::{Container, Pod, eventually, handler_and_runc, is_hull};
 use fixture::netns::host;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -31,7 +31,8 @@ fn sees(container: &Container, seconds: u32) -> String {
 
 #[test]
 fn containers_of_a_pod_share_all_but_processes_and_files() {
-    let seen: Vec<String> = handlers_and_runc()
+    let seen: Vec<String> = handler_and_runc()
+        .into_iter()
         .map(|handler| {
             println!("with {handler}");
             let pod = Pod::start(handler, |config| {

@@ -1,6 +1,7 @@
 //! File systems that the host asks for: shares, disks, and those that need no source.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -39,6 +40,8 @@ pub(crate) struct Storage {
     pub(crate) mount_point: PathBuf,
     /// What it holds from the start.
     pub(crate) files: Vec<File>,
+    /// How far a share is read ahead, in KiB; 0: as far as the kernel does.
+    pub(crate) read_ahead_kib: u32,
 }
 
 /// A file system that the agent has mounted.
@@ -81,13 +84,17 @@ impl Storage {
                 mount_change(target, propagation).step("set the mount's propagation")?;
             }
             let mounted = Mounted(self.mount_point);
-            if !self.files.is_empty()
-                && let Err(error) = files::update(&mounted.0, &self.files)
-            {
-                let _ = unmount_now(&mounted.0);
-                return Err(error);
+            let mut prepared = Ok(());
+            if !self.files.is_empty() {
+                prepared = files::update(&mounted.0, &self.files);
             }
-            Ok(mounted)
+            if self.read_ahead_kib > 0 {
+                prepared = prepared.and_then(|()| set_read_ahead(&mounted.0, self.read_ahead_kib));
+            }
+            if prepared.is_err() {
+                let _ = unmount_now(&mounted.0);
+            }
+            prepared.map(|()| mounted)
         })
         .await
         .step("mount")?
@@ -112,6 +119,14 @@ impl Mounted {
         let result = spawn_blocking(move || unmount_now(&target)).await.step("unmount").flatten();
         result.map_err(|error| (self, error))
     }
+}
+
+/// Sets how far the file system that is mounted at `target` is read ahead, in KiB (`Documentation/ABI/testing/sysfs-class-bdi`).
+fn set_read_ahead(target: &Path, kib: u32) -> Result<()> {
+    let device = fs::metadata(target).step("look at the mount point")?.dev();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), kib.to_string())
+        .step("set how far a share is read ahead")
 }
 
 /// What to do about a disk that cannot be mounted.

@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use hull_protocol::MAX_ENTROPY_BYTES;
 use hull_protocol::agent as wire;
 use hull_protocol::agent::{CreateSandboxRequest, Storage, storage};
-use hull_protocol::{MAX_ENTROPY_BYTES, SHARE_MOUNT_POINT, SHARE_TAG};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::agent::{Agent, AgentError, answer, short};
@@ -307,14 +307,15 @@ async fn configure_guest(
     let mut entropy = vec![0; ENTROPY_BYTES];
     getrandom(&mut entropy[..], GetRandomFlags::empty()).map_err(|errno| SandboxError::Random(errno.into()))?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let shares = caching.iter().filter_map(|caching| Some((caching.share()?.0, caching.mount_point())));
-    let storages =
-        [(SHARE_TAG, SHARE_MOUNT_POINT.to_owned())].into_iter().chain(shares).map(|(tag, mount_point)| Storage {
-            source: Some(storage::Source::FsTag(tag.to_owned())),
-            fstype: "virtiofs".to_owned(),
-            mount_point,
-            ..Default::default()
-        });
+    let shares =
+        std::iter::once(Caching::default()).chain(caching.iter().copied().filter(|caching| caching.share().is_some()));
+    let storages = shares.map(|caching| Storage {
+        source: Some(storage::Source::FsTag(caching.tag().to_owned())),
+        fstype: "virtiofs".to_owned(),
+        mount_point: caching.mount_point(),
+        read_ahead_kib: caching.read_ahead_kib(),
+        ..Default::default()
+    });
     let storages = storages.collect();
     let request = CreateSandboxRequest {
         hostname: config.hostname.clone(),

@@ -18,7 +18,7 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use hull_protocol::SHARE_MOUNT_POINT;
+use hull_protocol::{SHARE_MOUNT_POINT, SHARE_TAG};
 use hull_sandbox_sys::mounts;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -171,6 +171,20 @@ impl Caching {
             Self::Never => Some(("hull-never", ".never")),
             Self::Auto => None,
             Self::Always => Some(("hull-always", ".always")),
+        }
+    }
+
+    /// The share's tag.
+    pub(crate) fn tag(self) -> &'static str {
+        self.share().map_or(SHARE_TAG, |(tag, _)| tag)
+    }
+
+    /// How far the guest reads ahead, in KiB; 0 is as far as its kernel does (128). What stays in its memory for good may as well come
+    /// in the largest pieces that a request has.
+    pub(crate) fn read_ahead_kib(self) -> u32 {
+        match self {
+            Self::Always => 1024,
+            Self::Never | Self::Auto => 0,
         }
     }
 

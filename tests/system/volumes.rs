@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 
-use fixture::{Said, debian, hull};
+use fixture::{Detached, Said, debian, hull};
 
 /// Runs a Python program with a directory of the host at /v.
 fn with_volume(options: &str, program: &str) -> (tempfile::TempDir, Said) {
@@ -21,6 +21,26 @@ fn both_sides_see_each_others_files() {
         with_volume("", "print(open('/v/from-host').read()); open('/v/from-guest', 'w').write('from the guest')");
     assert_eq!(said.ok(), "from the host");
     assert_eq!(fs::read_to_string(dir.path().join("from-guest")).unwrap(), "from the guest");
+}
+
+#[test]
+fn what_never_changes_is_read_ahead_in_large_pieces() {
+    const FILE_BYTES: usize = 16 << 20;
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(dir.path().join("file"), vec![7; FILE_BYTES]).unwrap();
+    let volume = |place: &str, options: &str| format!("{}:{place}{options}", dir.path().display());
+    let (usual, always) = (volume("/usual", ""), volume("/always", ":cache=always"));
+    let container = Detached::start(["-v", &usual, "-v", &always, &debian(), "sleep", "1000"]);
+    let requests = |share: &str| container.inspect()["vm"]["counters"]["devices"][share].as_u64().unwrap();
+    let taken_by = |share: &str, place: &str| {
+        let before = requests(share);
+        container.exec(["dd", &format!("if={place}/file"), "of=/dev/null", "bs=4k", "status=none"]).run().ok();
+        requests(share) - before
+    };
+    // 1 MiB and 128 KiB at a time, with what else a read takes.
+    let (large, usual) = (taken_by("hull-always", "/always"), taken_by("hull", "/usual"));
+    assert!((16..40).contains(&large) && usual >= 128, "{large} and {usual} requests");
 }
 
 #[test]

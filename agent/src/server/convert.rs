@@ -90,7 +90,11 @@ fn storage(storage: wire::Storage) -> Result<Storage> {
     };
     let mount_point = mount_point("storages.mount_point", storage.mount_point)?;
     let files = files(storage.files)?;
-    Ok(Storage { source, fstype: storage.fstype, options: storage.options, mount_point, files })
+    if storage.read_ahead_kib > 0 && !matches!(source, Source::FsTag(_)) {
+        return Err(Error::invalid("storages.read_ahead_kib", "is of a share only"));
+    }
+    let wire::Storage { fstype, options, read_ahead_kib, .. } = storage;
+    Ok(Storage { source, fstype, options, mount_point, files, read_ahead_kib })
 }
 
 fn overlay(overlay: wire::Overlay) -> Result<Overlay> {
@@ -298,6 +302,11 @@ mod tests {
         assert!(make(Some(wire::storage::Source::FsTag(String::new())), "/data").is_err());
         assert!(make(Some(wire::storage::Source::Path("/shared/layer".into())), "/data").is_ok());
         assert!(make(Some(wire::storage::Source::Path("layer".into())), "/data").is_err());
+        for (source, is_acceptable) in [(wire::storage::Source::FsTag("tag".into()), true), (none().unwrap(), false)] {
+            let mount_point = "/data".into();
+            let message = wire::Storage { source: Some(source), mount_point, read_ahead_kib: 1, ..Default::default() };
+            assert_eq!(storages(vec![message]).is_ok(), is_acceptable);
+        }
     }
 
     #[test]

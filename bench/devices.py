@@ -26,7 +26,10 @@ WORK = "/var/tmp/bench-devices"
 ROOT = f"{WORK}/root"
 DISK = f"{WORK}/disk.img"
 SHARE = f"{WORK}/share"
-HERE, THERE, ADDRESS, PORT = "bench-here", "bench-there", "192.0.2.2", 5300
+PEER_ROOT = f"{WORK}/peer.erofs"
+HERE, THERE, OWN_ADDRESS, ADDRESS, PORT = "bench-here", "bench-there", "192.0.2.1/24", "192.0.2.2", 5300
+# What leads a peer's packets to the other namespace.
+TAP, BRIDGE = "bench-tap", "bench-bridge"
 DISK_BYTES = 256 << 20
 FILE_BYTES = 64 << 20
 # Small files of the archive; 100,000 is the size that figures are compared at, and takes most of an hour in the lab.
@@ -186,8 +189,8 @@ def connect():
         run("ip", "netns", "add", namespace)
         run("ip", "-n", namespace, "link", "set", "lo", "up")
     run("ip", "-n", HERE, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", THERE)
-    for namespace, address in ((HERE, "192.0.2.1"), (THERE, ADDRESS)):
-        run("ip", "-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
+    for namespace, address in ((HERE, OWN_ADDRESS), (THERE, f"{ADDRESS}/24")):
+        run("ip", "-n", namespace, "address", "add", address, "dev", "eth0")
         run("ip", "-n", namespace, "link", "set", "eth0", "up")
 
 
@@ -202,6 +205,8 @@ def prepare():
         with open(path, "wb") as file:
             for _ in range(size >> 20):
                 file.write(block)
+    if peer.Qemu.is_there():
+        peer.make_root(PEER_ROOT, ROOT)
     connect()
 
 
@@ -214,26 +219,55 @@ def ratios(host, guest, slower_is_less=True):
     return {name: round(guest[name] / host[name] if slower_is_less else host[name] / guest[name], 3) for name in host}
 
 
+def bridge():
+    """Takes the interface here, whose guest has gone, onto a bridge with a tap for a peer."""
+    run("ip", "-n", HERE, "address", "flush", "dev", "eth0")
+    run("ip", "-n", HERE, "link", "add", BRIDGE, "type", "bridge")
+    run("ip", "-n", HERE, "tuntap", "add", TAP, "mode", "tap", "vnet_hdr")
+    for interface in ("eth0", TAP):
+        run("ip", "-n", HERE, "link", "set", interface, "master", BRIDGE, "up")
+    run("ip", "-n", HERE, "link", "set", BRIDGE, "up")
+
+
 def measure(add):
     """The network first: afterwards its namespace is the guest's."""
     server = listening("ip", "netns", "exec", THERE, "stdbuf", "-oL", "iperf3", "-s")
     repeater = echo("tcp")
     network = [("tcp_streams", ADDRESS), ("udp_packets", ADDRESS), ("round_trips", ADDRESS, str(PORT))]
-    host = {work: on_host(work, *args, namespace=HERE) for work, *args in network}
+    host = [on_host(*work, namespace=HERE) for work in network]
     start_guest()
-    guest = {work: in_guest(work, *args) for work, *args in network}
-    for name, ratio in ratios(host["tcp_streams"], guest["tcp_streams"]).items():
-        add(f"net_tcp_stream_{name}_ratio", ratio, "")
-    for where, found in (("", guest), ("_host", host)):
-        add(f"net_tcp_rr{where}_us", round(found["round_trips"]["us"], 1), "us")
-        add(f"net_udp{where}_pps", round(found["udp_packets"]["pps"]), "1/s")
+
+    def add_network(suffix, found):
+        streams, packets, round_trip = found
+        for name, ratio in ratios(host[0], streams).items() if found is not host else ():
+            add(f"net_tcp_stream_{name}_ratio{suffix}", ratio, "")
+        add(f"net_tcp_rr{suffix}_us", round(round_trip["us"], 1), "us")
+        add(f"net_udp{suffix}_pps", round(packets["pps"]), "1/s")
+
+    add_network("", [in_guest(*work) for work in network])
+    add_network("_host", host)
+
+    jobs = json.dumps(DISK_JOBS)
+    on_disk = on_host("fio", DISK, jobs)
+
+    def add_disk(suffix, found):
+        for name, ratio in ratios(on_disk, found).items():
+            add(f"blk_{name}_ratio{suffix}", ratio, "")
+
+    add_disk("", in_guest("fio", "/dev/vda", jobs))
+    measure_shares(add)
+    bridge()
+    for kind in peer.PEERS:
+        if kind.is_there():
+            *found, disk = kind(WORK, PEER_ROOT, __file__).run([*network, ("fio", "/dev/vdc", jobs)], DISK, (HERE, TAP, OWN_ADDRESS))
+            add_network(f"_{kind.name}", found)
+            add_disk(f"_{kind.name}", disk)
     server.kill()
     repeater.kill()
 
-    jobs = json.dumps(DISK_JOBS)
-    for name, ratio in ratios(on_host("fio", DISK, jobs), in_guest("fio", "/dev/vda", jobs)).items():
-        add(f"blk_{name}_ratio", ratio, "")
 
+def measure_shares(add):
+    """Ends the guest."""
     files = f"{WORK}/files.tar"
     for number in range(FILES):
         directory = f"{WORK}/archive/{number // 100}"
@@ -244,20 +278,20 @@ def measure(add):
     shutil.copy(files, f"{SHARE}/files.tar")
     jobs = json.dumps(SHARE_JOBS)
 
-    def on_share(where, share):
-        return {**where("fio", f"{share}/file", jobs)}, where("small_files", share, f"{share}/files.tar")
+    def works(share):
+        return ("fio", f"{share}/file", jobs), ("small_files", share, f"{share}/files.tar")
 
-    host = on_share(on_host, SHARE)
-    add_share(add, "fs", host, on_share(in_guest, "/share"))
+    host = [on_host(*work) for work in works(SHARE)]
+
+    def add_share(prefix, found):
+        for name, ratio in {**ratios(host[0], found[0]), **ratios(host[1], found[1], slower_is_less=False)}.items():
+            add(f"{prefix}_{name}_ratio", ratio, "")
+
+    add_share("fs", [in_guest(*work) for work in works("/share")])
     run("hull", "rm", "-f", NAME)
-    if peer.is_there():
-        with peer.Peer(ROOT, SHARE, os.path.dirname(__file__)) as machine:
-            add_share(add, "fs_virtiofsd", host, on_share(machine.run, "/share"))
-
-
-def add_share(add, prefix, host, guest):
-    for name, ratio in {**ratios(host[0], guest[0]), **ratios(host[1], guest[1], slower_is_less=False)}.items():
-        add(f"{prefix}_{name}_ratio", ratio, "")
+    if peer.Virtiofsd.is_there():
+        machine = peer.Virtiofsd(WORK, PEER_ROOT, __file__, SHARE)
+        add_share("fs_virtiofsd", machine.run(works("/run/share")))
 
 
 def count(add):

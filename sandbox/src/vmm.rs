@@ -303,9 +303,9 @@ impl Inherited {
 
     /// Adds the descriptors of an interface's end and says how the configuration describes it.
     fn add_net(&mut self, index: usize, end: HostEnd) -> NetConfig {
-        let HostEnd { backend, queues, mac, mtu } = end;
+        let HostEnd { backend, queues, mac, mtu, link_down } = end;
         let queues = queues.into_iter().map(|queue| self.add(queue)).collect();
-        NetConfig { id: device_name(index), backend, queues, mac, mtu }
+        NetConfig { id: device_name(index), backend, queues, mac, mtu, link_down }
     }
 
     /// Opens disks and says how the configuration describes them.

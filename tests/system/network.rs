@@ -494,6 +494,32 @@ fn changes_of_the_namespace_reach_the_guest() {
     assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);
 }
 
+#[test]
+fn a_link_that_is_down_is_down_in_the_guest() {
+    let netns = Netns::with_eth0(1500);
+    let there = netns.host_end("eth0");
+    host(&format!("ip link set {there} down"));
+    let container = stay(&netns, "cat /sys/class/net/eth0/carrier; sleep 1000");
+    let becomes = |state: &str| {
+        look_until(&container, "cat /sys/class/net/eth0/carrier", |said| said.trim() == state);
+    };
+    becomes("0");
+    host(&format!("ip link set {there} up"));
+    becomes("1");
+    let answers = || container.exec(["ping", "-c", "2", "-W", "20", &netns.host_address()]).run();
+    assert!(answers().text().contains("2 packets received"), "{}", answers().text());
+    // As a whole, or its other end alone: either way nothing passes.
+    netns.ip("link set eth0 down");
+    becomes("0");
+    netns.ip("link set eth0 up");
+    becomes("1");
+    host(&format!("ip link set {there} down"));
+    becomes("0");
+    host(&format!("ip link set {there} up"));
+    becomes("1");
+    assert!(answers().text().contains("2 packets received"), "{}", answers().text());
+}
+
 /// Looks into a container by a shell script until it shows what is wanted.
 #[track_caller]
 fn look_until(container: &Detached, script: &str, holds: impl Fn(&str) -> bool) -> String {

@@ -139,6 +139,8 @@ pub struct NetSettings {
     pub mac: MacAddress,
     /// The largest unit that the driver is told.
     pub mtu: Option<u16>,
+    /// Whether the link is down at first.
+    pub link_down: bool,
 }
 
 fn refuse(field: impl Into<String>, problem: impl Into<String>) -> ConfigError {
@@ -267,7 +269,8 @@ impl Opener {
             }
             queues.push(self.open(&field, queue, &OpenOptions::new())?);
         }
-        Ok(NetSettings { id: net.id, backend: net.backend, queues, mac: net.mac, mtu: net.mtu })
+        let NetConfig { id, backend, mac, mtu, link_down, .. } = net;
+        Ok(NetSettings { id, backend, queues, mac, mtu, link_down })
     }
 
     fn console(&mut self, console: ConsoleConfig) -> Result<(File, Option<File>), ConfigError> {

@@ -34,6 +34,8 @@ pub(crate) struct HostEnd {
     pub(crate) queues: Vec<OwnedFd>,
     pub(crate) mac: MacAddress,
     pub(crate) mtu: Option<u16>,
+    /// Whether the guest's link is down at first.
+    pub(crate) link_down: bool,
 }
 
 /// A namespace whose traffic goes to a sandbox, until this is dropped.
@@ -203,7 +205,8 @@ impl Place {
         // First the way out, so that the first packet that comes in finds one for its answer.
         redirect::add(netlink, tap, link.index).map_err(step("redirect the guest's traffic to it"))?;
         redirect::add(netlink, link.index, tap).map_err(step("redirect its traffic to the guest"))?;
-        let end = HostEnd { backend: NetBackend::Tap, queues, mac, mtu: u16::try_from(link.mtu).ok() };
+        let mtu = u16::try_from(link.mtu).ok();
+        let end = HostEnd { backend: NetBackend::Tap, queues, mac, mtu, link_down: !link.has_carrier };
         Ok((Joined { link: link.clone(), tap, device }, end))
     }
 }

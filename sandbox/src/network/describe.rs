@@ -39,6 +39,8 @@ pub(super) struct Link {
     pub(super) is_ethernet: bool,
     pub(super) is_up: bool,
     pub(super) is_loopback: bool,
+    /// Something is at its other end (`IFF_LOWER_UP`).
+    pub(super) has_carrier: bool,
     /// Nobody on the link is asked for an address, as on an ipvlan in mode l3 (`IFF_NOARP`).
     pub(super) no_arp: bool,
     /// The bridge or bond that it is part of.
@@ -71,6 +73,7 @@ fn link(message: LinkMessage) -> Link {
         is_ethernet: message.header.link_layer_type == LinkLayerType::Ether,
         is_up: flags.contains(LinkFlags::Up),
         is_loopback: flags.contains(LinkFlags::Loopback),
+        has_carrier: flags.contains(LinkFlags::LowerUp),
         no_arp: flags.contains(LinkFlags::Noarp),
         controller: None,
         lower: None,
@@ -321,6 +324,15 @@ mod tests {
             let mut message = LinkMessage::default();
             message.header.flags = flags;
             assert_eq!(link(message).no_arp, no_arp);
+        }
+    }
+
+    #[test]
+    fn a_link_has_a_carrier_if_something_is_at_its_other_end() {
+        for (flags, has_carrier) in [(LinkFlags::Up | LinkFlags::LowerUp, true), (LinkFlags::Up, false)] {
+            let mut message = LinkMessage::default();
+            message.header.flags = flags;
+            assert_eq!(link(message).has_carrier, has_carrier);
         }
     }
 

@@ -145,7 +145,7 @@ impl Followed {
                 tracing::warn!("an interface that has come is not taken: {error}");
             }
         }
-        self.adapt(&links)?;
+        self.adapt(&links).await?;
         self.tell().await
     }
 
@@ -189,9 +189,10 @@ impl Followed {
         Ok(())
     }
 
-    /// Takes over the MTUs that interfaces have now, and whether they do without ARP.
-    fn adapt(&mut self, links: &[Link]) -> Result<(), NetworkError> {
-        for joined in &mut self.known.joined {
+    /// Takes over the MTUs that interfaces have now, whether they do without ARP and whether their links are up.
+    async fn adapt(&mut self, links: &[Link]) -> Result<(), FollowError> {
+        for at in 0..self.known.joined.len() {
+            let joined = &mut self.known.joined[at];
             let Some(now) = links.iter().find(|link| link.index == joined.link.index) else { continue };
             if now.mtu != joined.link.mtu {
                 redirect::resize(&mut self.netlink, joined.tap, now.mtu)
@@ -199,6 +200,11 @@ impl Followed {
                 joined.link.mtu = now.mtu;
             }
             joined.link.no_arp = now.no_arp;
+            if now.has_carrier != joined.link.has_carrier {
+                let request = Request::SetLink { id: joined.device.clone(), up: now.has_carrier };
+                self.call(request, Vec::new()).await?;
+                self.known.joined[at].link.has_carrier = now.has_carrier;
+            }
         }
         Ok(())
     }
@@ -217,9 +223,9 @@ impl Followed {
 
     /// Puts a device on the guest's bus, and waits until the guest has it.
     async fn plug(&self, device: &str, end: HostEnd) -> Result<(), FollowError> {
-        let HostEnd { backend, queues, mac, mtu } = end;
+        let HostEnd { backend, queues, mac, mtu, link_down } = end;
         let attached = (0..queues.len()).map(Resource::Attached).collect();
-        let net = NetConfig { id: device.to_owned(), backend, queues: attached, mac, mtu };
+        let net = NetConfig { id: device.to_owned(), backend, queues: attached, mac, mtu, link_down };
         let Response::Added { pci_address } = self.call(Request::AddNet(net), queues).await? else {
             return Err(ControlError::Connection(io::ErrorKind::InvalidData.into()).into());
         };

@@ -22,6 +22,7 @@ fn link(index: u32, name: &str) -> Link {
         is_ethernet: true,
         is_up: true,
         is_loopback: false,
+        has_carrier: true,
         no_arp: false,
         controller: None,
         lower: None,

@@ -155,6 +155,7 @@ impl User {
             queues: vec![OwnedFd::from(ours)],
             mac: mac_address,
             mtu: Some(MTU),
+            link_down: false,
         };
         Ok((user, end, describe(mac, &plans)))
     }

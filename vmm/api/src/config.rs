@@ -213,6 +213,9 @@ pub struct NetConfig {
     /// The largest unit in bytes, 68 or more, which the guest's driver takes over; absent, it is told none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
+    /// Whether the link is down at first, until [`SetLink`](crate::control::Request::SetLink) says otherwise.
+    #[serde(default)]
+    pub link_down: bool,
 }
 
 /// What carries an interface's packets on the host.

@@ -38,6 +38,13 @@ pub enum Request {
         /// The disk's name.
         id: String,
     },
+    /// Has the guest see an interface's link come up or go down. Packets are carried either way.
+    SetLink {
+        /// The interface's name.
+        id: String,
+        /// Whether it is up.
+        up: bool,
+    },
     /// Ends the VM.
     Stop {
         /// Whether to end at once, rather than after the devices have written back what the guest gave them.

@@ -223,6 +223,11 @@ pub trait VirtioDevice: Send {
         Err(ResizeError::NoSize)
     }
 
+    /// Says whether the device's link is up, and tells the driver if that is news; false if the device has none. Any time.
+    fn set_link(&mut self, _up: bool) -> bool {
+        false
+    }
+
     /// Finishes what is in flight, writes back what the host would lose, and leaves guest memory alone from its return
     /// until `resume`. Kicks that arrive meanwhile are kept. Only with all vCPUs stopped; any device state.
     ///

@@ -186,16 +186,15 @@ pub(super) fn share(share: ShareSettings) -> Result<Box<dyn VirtioDevice>, Machi
 
 /// Makes a network interface.
 pub(super) fn net(net: NetSettings) -> Result<Box<dyn VirtioDevice>, MachineError> {
-    let NetSettings { id, backend, mut queues, mac, mtu } = net;
+    let NetSettings { id, backend, mut queues, mac, mtu, link_down } = net;
     let made = match (backend, queues.pop()) {
         // The configuration has exactly one.
         (NetBackend::Stream, Some(socket)) => Net::over_stream(&id, socket, mac.bytes(), mtu),
         (_, last) => Net::new(&id, queues.into_iter().chain(last).collect(), mac.bytes(), mtu),
     };
-    match made {
-        Ok(net) => Ok(Box::new(net)),
-        Err(error) => Err(MachineError::Device { id, why: error.to_string() }),
-    }
+    let mut net = made.map_err(|error| MachineError::Device { id, why: error.to_string() })?;
+    net.set_link(!link_down);
+    Ok(Box::new(net))
 }
 
 fn add_vcpus(machine: &mut Machine, count: u8, entry: u64) -> Result<(), BuildError> {

@@ -128,6 +128,10 @@ fn answer(line: &[u8], attached: Vec<OwnedFd>, machine: &mut Machine) -> Respons
             Ok(size_bytes) => Response::Resized { size_bytes },
             Err(problem) => error(&problem),
         },
+        Request::SetLink { id, up } => match machine.set_link(&id, up) {
+            Ok(()) => Response::Ok,
+            Err(problem) => error(&problem),
+        },
         Request::Stop { hard } => {
             machine.ending().end(if hard { Outcome::Killed } else { Outcome::Stopped });
             Response::Ok

@@ -41,6 +41,9 @@ pub enum MachineError {
         /// Why.
         source: ResizeError,
     },
+    /// It has no link that could be up or down.
+    #[error("\"{0}\" is no network interface; name one")]
+    NoInterface(String),
     /// All places on the bus are taken.
     #[error("the PCI bus is full; remove a device first")]
     BusFull,
@@ -210,10 +213,20 @@ impl Machine {
     ///
     /// When there is none of that name, it is no disk, or it would shrink.
     pub fn resize_disk(&mut self, id: &str) -> Result<u64, MachineError> {
-        let Some(entry) = self.devices.iter().find(|entry| entry.id == id) else {
-            return Err(MachineError::NoSuchDevice(id.to_owned()));
-        };
-        entry.lock().resize().map_err(|source| MachineError::Resize { id: id.to_owned(), source })
+        self.device(id)?.lock().resize().map_err(|source| MachineError::Resize { id: id.to_owned(), source })
+    }
+
+    /// Has the guest see an interface's link come up or go down.
+    ///
+    /// # Errors
+    ///
+    /// When there is no device of that name, or it is no interface.
+    pub fn set_link(&mut self, id: &str, up: bool) -> Result<(), MachineError> {
+        if self.device(id)?.lock().set_link(up) { Ok(()) } else { Err(MachineError::NoInterface(id.to_owned())) }
+    }
+
+    fn device(&self, id: &str) -> Result<&Entry, MachineError> {
+        self.devices.iter().find(|entry| entry.id == id).ok_or_else(|| MachineError::NoSuchDevice(id.to_owned()))
     }
 
     fn check_name(&self, id: &str) -> Result<(), MachineError> {

@@ -27,7 +27,7 @@ pub use self::tap::TapError;
 use self::tap::{Queue, Tap};
 use self::worker::{Counters, Pair, Running, Shared, Worker};
 use super::device::{
-    ActivateError, Activation, DeviceKind, DeviceState, RestoreError, VirtioDevice, read_config_bytes,
+    ActivateError, Activation, DeviceKind, DeviceState, Interrupt, RestoreError, VirtioDevice, read_config_bytes,
 };
 
 /// Feature bits (section 5.1.3).
@@ -100,6 +100,8 @@ pub struct Net {
     own_mac: [u8; 6],
     queue_sizes: Vec<u16>,
     shared: Arc<Shared>,
+    /// Of a driver that wants to hear of the link.
+    interrupt: Option<Arc<dyn Interrupt>>,
     /// What a restored device goes on with when it is activated.
     restored: Option<Restored>,
     run: Run,
@@ -155,6 +157,7 @@ impl Net {
             pairs,
             mac: Mutex::new(mac),
             offloads: AtomicU64::new(0),
+            end_is_there: AtomicBool::new(true),
             link_up: AtomicBool::new(true),
             counters: Counters::default(),
         };
@@ -165,6 +168,7 @@ impl Net {
             own_mac: mac,
             queue_sizes,
             shared: Arc::new(shared),
+            interrupt: None,
             restored: None,
             run: Run::Inactive,
         })
@@ -190,7 +194,7 @@ impl Net {
     /// The configuration space (section 5.1.4).
     fn config(&self) -> [u8; CONFIG_BYTES] {
         let mut space = [0; CONFIG_BYTES];
-        let status = if self.shared.link_up.load(Ordering::Acquire) { LINK_UP } else { 0 };
+        let status = if self.shared.is_link_up() { LINK_UP } else { 0 };
         space[..6].copy_from_slice(&self.shared.mac());
         space[6..8].copy_from_slice(&status.to_le_bytes());
         space[8..10].copy_from_slice(&(self.shared.pairs.len() as u16).to_le_bytes());
@@ -289,11 +293,26 @@ impl VirtioDevice for Net {
         if !self.shared.set_pairs(pairs) {
             return Err(refused("switching the interface's queues"));
         }
-        self.start(workers).map_err(|source| ActivateError::Host { step: "starting the interface's thread", source })
+        self.start(workers)
+            .map_err(|source| ActivateError::Host { step: "starting the interface's thread", source })?;
+        self.interrupt = (activation.features & feature::STATUS != 0).then_some(activation.interrupt);
+        Ok(())
+    }
+
+    fn set_link(&mut self, up: bool) -> bool {
+        let was_up = self.shared.is_link_up();
+        self.shared.link_up.store(up, Ordering::Release);
+        if self.shared.is_link_up() != was_up
+            && let Some(interrupt) = &self.interrupt
+        {
+            interrupt.signal_config();
+        }
+        true
     }
 
     fn deactivate(&mut self) {
         self.stop();
+        self.interrupt = None;
         *self.shared.mac.lock().unwrap_or_else(PoisonError::into_inner) = self.own_mac;
         self.restored = None;
     }
@@ -326,7 +345,7 @@ impl VirtioDevice for Net {
         let mut private = vec![STATE_VERSION];
         private.extend(self.shared.mac());
         private.extend(self.shared.active_pairs.load(Ordering::Relaxed).to_le_bytes());
-        private.push(u8::from(self.shared.link_up.load(Ordering::Acquire)));
+        private.push(u8::from(self.shared.is_link_up()));
         private.extend(self.shared.offloads.load(Ordering::Relaxed).to_le_bytes());
         DeviceState { queues, private }
     }

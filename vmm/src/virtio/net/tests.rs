@@ -335,6 +335,25 @@ fn the_configuration_tells_address_link_and_pairs() {
     assert_eq!(b.net.queue_sizes().len(), 5);
 }
 
+#[test]
+fn the_driver_hears_of_a_link_that_goes_down_and_comes_up_once_each() {
+    for (features, heard) in [(feature::STATUS, 1), (0, 0)] {
+        let mut b = bench(features);
+        let status = |net: &Net| net.config()[6];
+        assert!(b.net.set_link(true));
+        assert_eq!((status(&b.net), *b.interrupt.configs.lock().unwrap()), (1, 0));
+        for _ in 0..2 {
+            assert!(b.net.set_link(false));
+            assert_eq!((status(&b.net), *b.interrupt.configs.lock().unwrap()), (0, heard));
+        }
+        // Another driver finds it as it is.
+        b.net.deactivate();
+        assert_eq!(status(&b.net), 0);
+        b.net.set_link(true);
+        assert_eq!((status(&b.net), *b.interrupt.configs.lock().unwrap()), (1, heard));
+    }
+}
+
 /// How often the thread of this name has gone to sleep.
 fn sleeps(thread: &str) -> Option<u64> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
@@ -483,4 +502,6 @@ fn a_stream_carries_packets_and_offers_nothing_that_needs_headers() {
         assert!(Instant::now() < deadline, "the link is still up");
         std::thread::yield_now();
     }
+    assert!(net.set_link(true));
+    assert_eq!(net.config()[6], 0, "what is gone is up");
 }

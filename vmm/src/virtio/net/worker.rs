@@ -66,6 +66,8 @@ pub(super) struct Shared {
     /// Pairs in use.
     pub(super) active_pairs: AtomicU16,
     /// Whether the host's end of the link is there.
+    pub(super) end_is_there: AtomicBool,
+    /// Whether the link is up as far as the host's end knows.
     pub(super) link_up: AtomicBool,
     pub(super) counters: Counters,
 }
@@ -101,6 +103,11 @@ impl Shared {
                 false
             }
         }
+    }
+
+    /// What the driver is told of the link (section 5.1.4, `VIRTIO_NET_S_LINK_UP`).
+    pub(super) fn is_link_up(&self) -> bool {
+        self.end_is_there.load(Ordering::Acquire) && self.link_up.load(Ordering::Acquire)
     }
 
     pub(super) fn mac(&self) -> [u8; 6] {
@@ -269,7 +276,7 @@ impl Worker {
 
     /// Tells the driver that the cable is out (section 5.1.4, `VIRTIO_NET_S_LINK_UP`).
     fn lose_link(&self) -> Wait {
-        if self.shared.link_up.swap(false, Ordering::AcqRel) && self.features & feature::STATUS != 0 {
+        if self.shared.end_is_there.swap(false, Ordering::AcqRel) && self.features & feature::STATUS != 0 {
             self.interrupt.signal_config();
         }
         Wait::Forever

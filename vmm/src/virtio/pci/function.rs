@@ -114,6 +114,11 @@ impl VirtioPci {
         self.device.resize()
     }
 
+    /// Says whether the device's link is up; false if it has none.
+    pub fn set_link(&mut self, up: bool) -> bool {
+        self.device.set_link(up)
+    }
+
     /// Lets the device finish what it does and leave guest memory alone. Only with all vCPUs stopped.
     pub fn pause(&mut self) {
         self.device.pause();

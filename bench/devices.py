@@ -6,7 +6,7 @@ The same work is done on the host and in a guest, on the same files and between 
 the guest comes to divided by what the host does, both in one run, so it says something on a slow machine as well. With --counted
 it is instructions for each operation, in the counted lab, those of the caller, the guest and the host together.
 
-A guest's root is this machine's own, so all have the same programs.
+A guest's root has this machine's programs, so all have the same.
 """
 
 import json
@@ -26,7 +26,8 @@ WORK = "/var/tmp/bench-devices"
 ROOT = f"{WORK}/root"
 DISK = f"{WORK}/disk.img"
 SHARE = f"{WORK}/share"
-PEER_ROOT = f"{WORK}/peer.erofs"
+# The root of machines that are measured, Hull's and others'; on a disk, since not each of them has shares.
+DISK_ROOT = f"{WORK}/root.erofs"
 HERE, THERE, OWN_ADDRESS, ADDRESS, PORT = "bench-here", "bench-there", "192.0.2.1/24", "192.0.2.2", 5300
 # What leads a peer's packets to the other namespace.
 TAP, BRIDGE = "bench-tap", "bench-bridge"
@@ -205,13 +206,11 @@ def prepare():
         with open(path, "wb") as file:
             for _ in range(size >> 20):
                 file.write(block)
-    if peer.Qemu.is_there():
-        peer.make_root(PEER_ROOT, ROOT)
     connect()
 
 
-def start_guest():
-    run("hull", "run", "-d", "--name", NAME, "--memory", "512", "--net", f"netns:/run/netns/{HERE}", "--rootfs", ROOT,
+def start_guest(root):
+    run("hull", "run", "-d", "--name", NAME, "--memory", "512", "--net", f"netns:/run/netns/{HERE}", "--rootfs", root,
         "--disk", DISK, "-v", f"{SHARE}:/share", "-v", f"{os.path.dirname(__file__)}:/bench:ro", "--", "sleep", "1000000")
 
 
@@ -235,7 +234,8 @@ def measure(add):
     repeater = echo("tcp")
     network = [("tcp_streams", ADDRESS), ("udp_packets", ADDRESS), ("round_trips", ADDRESS, str(PORT))]
     host = [on_host(*work, namespace=HERE) for work in network]
-    start_guest()
+    peer.make_root(DISK_ROOT, ROOT)
+    start_guest(DISK_ROOT)
 
     def add_network(suffix, found):
         streams, packets, round_trip = found
@@ -254,12 +254,14 @@ def measure(add):
         for name, ratio in ratios(on_disk, found).items():
             add(f"blk_{name}_ratio{suffix}", ratio, "")
 
+    warm(DISK)
     add_disk("", in_guest("fio", "/dev/vda", jobs))
     measure_shares(add)
     bridge()
     for kind in peer.PEERS:
         if kind.is_there():
-            *found, disk = kind(WORK, PEER_ROOT, __file__).run([*network, ("fio", "/dev/vdc", jobs)], DISK, (HERE, TAP, OWN_ADDRESS))
+            warm(DISK)
+            *found, disk = kind(WORK, DISK_ROOT, __file__).run([*network, ("fio", "/dev/vdc", jobs)], DISK, (HERE, TAP, OWN_ADDRESS))
             add_network(f"_{kind.name}", found)
             add_disk(f"_{kind.name}", disk)
     server.kill()
@@ -287,20 +289,27 @@ def measure_shares(add):
         for name, ratio in {**ratios(host[0], found[0]), **ratios(host[1], found[1], slower_is_less=False)}.items():
             add(f"{prefix}_{name}_ratio", ratio, "")
 
+    warm(f"{SHARE}/file")
     add_share("fs", [in_guest(*work) for work in works("/share")])
     run("hull", "rm", "-f", NAME)
     if peer.Virtiofsd.is_there():
-        machine = peer.Virtiofsd(WORK, PEER_ROOT, __file__, SHARE)
+        machine = peer.Virtiofsd(WORK, DISK_ROOT, __file__, SHARE)
+        warm(f"{SHARE}/file")
         add_share("fs_virtiofsd", machine.run(works("/run/share")))
 
 
+def warm(path):
+    """Has this machine's page cache hold a file, which fio on the host leaves it without: else who comes first reads it for all others."""
+    with open(path, "rb") as file:
+        while file.read(1 << 20):
+            pass
+
+
 def count(add):
-    start_guest()
+    start_guest(ROOT)
     # What the page cache holds takes no time of the lab's host.
     for path in (DISK, f"{SHARE}/file"):
-        with open(path, "rb") as file:
-            while file.read(1 << 20):
-                pass
+        warm(path)
     repeater = echo("udp")
     for name, work, *args in (("blk_4k", "disk_reads", "/dev/vda"), ("fs_open_read_close", "file_reads", "/share/file"),
                               ("net_packet", "packets", ADDRESS, str(PORT))):

@@ -393,38 +393,3 @@ async fn a_shutdown_ends_everything_after_its_answer() {
     let left = std::fs::read_to_string(guest.cgroup_directory().join("c/cgroup.procs")).unwrap();
     assert_eq!(left, "");
 }
-
-/// No test but a measurement, for `lab/run --counted`: `--ignored --nocapture what_a_container_costs`.
-#[tokio::test]
-#[ignore = "measures"]
-async fn what_a_container_costs() {
-    let guest = guest!();
-    eprintln!("agent at rest: {} KiB", guest.resident_kib().0);
-    let mut spec = guest.spec("");
-    spec["process"]["args"] = json!(["true"]);
-    for round in 0..5 {
-        let begin = std::time::Instant::now();
-        let lap = || begin.elapsed().as_micros();
-        let (io, streams) = guest.pipes().await;
-        let opened = lap();
-        guest.create("c", &spec, io).await.unwrap();
-        let created = lap();
-        guest.begin("c").await;
-        let started = lap();
-        guest.finish("c", "", streams).await;
-        let ended = lap();
-        guest.remove("c", "").await.unwrap();
-        eprintln!(
-            "round {round}: streams {opened} us, created {created} us, started {started} us, ended {ended} us, removed {} us",
-            lap()
-        );
-    }
-    let _streams = guest.launch("c", &guest.spec("sleep 1000")).await;
-    for round in 0..3 {
-        let begin = std::time::Instant::now();
-        guest.exec("c", &format!("e{round}"), &shell("true")).await;
-        eprintln!("exec {round}: {} us", begin.elapsed().as_micros());
-    }
-    let (resident_kib, peak_kib) = guest.resident_kib();
-    eprintln!("agent with a container: {resident_kib} KiB, {peak_kib} KiB at most");
-}

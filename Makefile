@@ -105,7 +105,7 @@ test-programs: packages
 	$(CARGO) test --workspace --locked --test system --no-run
 
 .PHONY: bench
-bench: ready ## measure in the counted lab; writes build/bench.json
+bench: ready ## measure in the lab; writes build/bench.json; FIRECRACKER=, CLOUD_HYPERVISOR= to compare with
 	bench/run
 
 .PHONY: clean

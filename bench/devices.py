@@ -239,8 +239,9 @@ def measure(add):
 
     def add_network(suffix, found):
         streams, packets, round_trip = found
-        for name, ratio in ratios(host[0], streams).items() if found is not host else ():
-            add(f"net_tcp_stream_{name}_ratio{suffix}", ratio, "")
+        if found is not host:
+            for name, ratio in ratios(host[0], streams).items():
+                add(f"net_tcp_stream_{name}_ratio{suffix}", ratio, "")
         add(f"net_tcp_rr{suffix}_us", round(round_trip["us"], 1), "us")
         add(f"net_udp{suffix}_pps", round(packets["pps"]), "1/s")
 

@@ -12,7 +12,7 @@ import subprocess
 import threading
 
 KERNEL = "/usr/local/share/hull/vmlinux"
-VIRTIOFSD = "/usr/libexec/virtiofsd"
+QEMU, VIRTIOFSD = "qemu-system-x86_64", "/usr/libexec/virtiofsd"
 MEMORY_MIB = 512
 MAC = "02:00:00:00:01:01"
 TIMEOUT_SECONDS = 900
@@ -109,14 +109,13 @@ class Peer:
 
 class Qemu(Peer):
     name = "qemu"
-    program_path = "qemu-system-x86_64"
 
     @staticmethod
     def is_there():
-        return bool(shutil.which(Qemu.program_path))
+        return bool(shutil.which(QEMU))
 
     def command(self, cmdline, disks, tap):
-        command = [self.program_path, "-M", "q35,accel=kvm", "-cpu", "host", "-m", str(MEMORY_MIB), "-nodefaults", "-display", "none",
+        command = [QEMU, "-M", "q35,accel=kvm", "-cpu", "host", "-m", str(MEMORY_MIB), "-nodefaults", "-display", "none",
                    "-no-reboot", "-serial", "stdio", "-kernel", KERNEL, "-append", cmdline]
         for index, (path, read_only) in enumerate(disks):
             command += ["-drive", f"if=none,id=disk{index},file={path},format=raw,readonly={'on' if read_only else 'off'}",

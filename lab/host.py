@@ -372,6 +372,8 @@ def parse_arguments(arguments):
                         help="pass standard input on, as a terminal if it is one")
     parser.add_argument("--containerd", nargs="?", const="1.7", choices=("1.7", "2"), metavar="VERSION",
                         help="have containerd run (1.7, or 2), with Hull as a runtime and the built images imported")
+    parser.add_argument("--images", default="busybox,debian", metavar="NAMES",
+                        help="which of the built images containerd is to have; an import takes seconds")
     parser.add_argument("--cold", action="store_true", help="boot, even where a saved state would do")
     parser.add_argument("--console", action="store_true", help="show the lab's console on standard error")
     split = arguments.index("--") if "--" in arguments else len(arguments)
@@ -405,7 +407,7 @@ def main(repo, images, *arguments):
         images = os.path.realpath(images)
         shares = share_list(repo, options.share)
         if options.containerd:
-            options.command = [f"{repo}/lab/with-containerd", repo, options.containerd, *options.command]
+            options.command = [f"{repo}/lab/with-containerd", repo, options.containerd, options.images, *options.command]
         stage, has_stage = make_stage(repo)
         warm = shape.is_usual and not options.cold
         if warm:

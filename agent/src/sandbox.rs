@@ -51,6 +51,8 @@ pub(crate) struct CreateRequest {
 pub(crate) struct Stats {
     pub(crate) memory_total_bytes: u64,
     pub(crate) memory_available_bytes: u64,
+    pub(crate) memory_free_bytes: u64,
+    pub(crate) memory_inactive_file_bytes: u64,
     pub(crate) cpus_online: u32,
     /// In thousandths.
     pub(crate) load_1m_milli: u32,
@@ -185,6 +187,8 @@ pub(crate) fn stats() -> Result<Stats> {
     Ok(Stats {
         memory_total_bytes: meminfo_bytes(&meminfo, "MemTotal"),
         memory_available_bytes: meminfo_bytes(&meminfo, "MemAvailable"),
+        memory_free_bytes: meminfo_bytes(&meminfo, "MemFree"),
+        memory_inactive_file_bytes: meminfo_bytes(&meminfo, "Inactive(file)"),
         cpus_online: cpus::online()?,
         // A fixed-point number with 16 bits behind the point.
         load_1m_milli: (system.loads[0] * 1000 / 65536) as u32,

@@ -118,6 +118,13 @@ impl Cgroup {
         self.remove();
     }
 
+    /// Whether the cgroup above, a pod's, has a limit of memory. The kubelet sets one where all containers of the pod have one.
+    #[must_use]
+    pub fn is_memory_limited_above(&self) -> bool {
+        let above = self.0.parent().unwrap_or(Path::new(ROOT));
+        std::fs::read_to_string(above.join("memory.max")).is_ok_and(|limit| limit.trim() != "max")
+    }
+
     /// Whether the kernel has killed a process in it for want of memory.
     #[must_use]
     pub fn has_oom_killed(&self) -> bool {

@@ -104,9 +104,8 @@ impl SandboxConfig {
         if self.memory_mib < MIN_MEMORY_MIB {
             return Err(ConfigError::MemoryTooSmall(self.memory_mib));
         }
-        let available = host_memory_mib.min(MAX_MEMORY_MIB);
-        if self.memory_mib > available {
-            return Err(ConfigError::MemoryTooLarge { wanted: self.memory_mib, available });
+        if self.memory_mib > host_memory_mib {
+            return Err(ConfigError::MemoryTooLarge { wanted: self.memory_mib, available: host_memory_mib });
         }
         Ok(())
     }
@@ -126,7 +125,9 @@ impl SandboxConfig {
 const KERNEL_PARAMS: &str = "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro rootwait init=/init console=hvc0 \
     quiet loglevel=3 panic=-1 8250.nr_uarts=0 swiotlb=noforce no_timer_check tsc=reliable rcupdate.rcu_expedited=1";
 
-fn host_memory_mib() -> u64 {
+/// What this host has, and a guest at most; in MiB.
+#[must_use]
+pub fn host_memory_mib() -> u64 {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total_kib = info
         .lines()
@@ -134,7 +135,7 @@ fn host_memory_mib() -> u64 {
         .and_then(|rest| rest.split_whitespace().next())
         .and_then(|number| number.parse::<u64>().ok());
     // Without /proc nothing can be said, and the VMM's own attempt to map the memory decides.
-    total_kib.map_or(MAX_MEMORY_MIB, |kib| kib / 1024)
+    total_kib.map_or(MAX_MEMORY_MIB, |kib| kib / 1024).min(MAX_MEMORY_MIB)
 }
 
 #[cfg(test)]

@@ -395,6 +395,15 @@ impl Running {
         if tokio::time::timeout(SHUTDOWN_TIMEOUT, orderly).await.is_err() {
             tracing::warn!("the guest did not power off within {} s", SHUTDOWN_TIMEOUT.as_secs());
         }
+        self.kill().await
+    }
+
+    /// Ends the VM without a word to the guest, which has not answered, and returns the directory as [`stop`](Self::stop) does.
+    ///
+    /// # Errors
+    ///
+    /// Fails where mounts or directories will not go.
+    pub async fn kill(mut self) -> Result<Claim, SandboxError> {
         self.parts.vmm.kill().await;
         drop(self.parts.network.take());
         self.parts.share.remove()?;

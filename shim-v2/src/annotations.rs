@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use hull_sandbox::cgroup::Cgroup;
+use hull_sandbox::config::host_memory_mib;
 use hull_sandbox::disks::DiskCache;
 use hull_settings::{ANNOTATIONS, HYPERVISOR, Settings};
 
@@ -68,6 +70,8 @@ pub(crate) struct Size {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Limits {
     pub(crate) memory_bytes: u64,
+    /// Whether that is all that the pod may use: a pod can have containers without a limit beside those whose limits are in the sum.
+    pub(crate) memory_is_whole: bool,
     /// Of huge pages, which come on top.
     pub(crate) huge_pages_bytes: u64,
     pub(crate) cpu_quota_us: u64,
@@ -75,14 +79,16 @@ pub(crate) struct Limits {
 }
 
 impl Limits {
-    /// Reads the sandbox's limits as CRI has summed them over the pod.
+    /// Reads the sandbox's limits as CRI has summed them over the pod. They are all that it may use where its `cgroup` on the host, as an
+    /// OCI specification has it, is within a limit.
     ///
     /// # Errors
     ///
     /// Names an annotation that is no number.
-    pub(crate) fn of_sandbox(annotations: &Annotations) -> Result<Self> {
+    pub(crate) fn of_sandbox(annotations: &Annotations, cgroup: Option<&str>) -> Result<Self> {
         Ok(Self {
             memory_bytes: number(annotations, "io.kubernetes.cri.sandbox-memory")?,
+            memory_is_whole: is_limited(cgroup),
             // CRI does not tell.
             huge_pages_bytes: 0,
             cpu_quota_us: number(annotations, "io.kubernetes.cri.sandbox-cpu-quota")?,
@@ -91,12 +97,21 @@ impl Limits {
     }
 }
 
+/// Whether the cgroup that a sandbox's lies in has a limit of memory.
+pub(crate) fn is_limited(cgroup: Option<&str>) -> bool {
+    cgroup.is_some_and(|path| Cgroup::at(path).is_ok_and(|cgroup| cgroup.is_memory_limited_above()))
+}
+
 /// Decides a pod's size from its limits, and from Kata's annotations, which win where the node's settings let pods use them.
 ///
 /// # Errors
 ///
 /// Names the annotation that is no number or out of range.
 pub(crate) fn size(annotations: &Annotations, limits: Limits, settings: &Settings) -> Result<Size> {
+    size_on(host_memory_mib(), annotations, limits, settings)
+}
+
+fn size_on(host_memory_mib: u64, annotations: &Annotations, limits: Limits, settings: &Settings) -> Result<Size> {
     let (guest, pod) = (&settings.guest, &settings.pod);
     warn_of_ignored(annotations, settings);
     let allowed = |key: &str| {
@@ -108,12 +123,13 @@ pub(crate) fn size(annotations: &Annotations, limits: Limits, settings: &Setting
     let at_most = |what: &str, wanted: u64, most: u64| {
         if wanted > most {
             tracing::warn!(
-                "the pod asks for {wanted} {what} and gets {most}, the most that this node's settings allow"
+                "the pod asks for {wanted} {what} and gets {most}, the most that this node has and its settings allow"
             );
         }
         wanted.min(most)
     };
-    let cpus_default = asked("default_vcpus")?.unwrap_or(guest.default_vcpus.value.get());
+    let cpus_asked = allowed("default_vcpus").map(|(name, text)| parse_cpus(&name, text)).transpose()?;
+    let cpus_default = cpus_asked.filter(|cpus| *cpus > 0).unwrap_or(guest.default_vcpus.value.get());
     let cpus_limit = match limits.cpu_quota_us {
         0 => 0,
         quota => quota.div_ceil(limits.cpu_period_us.max(1)),
@@ -129,11 +145,15 @@ pub(crate) fn size(annotations: &Annotations, limits: Limits, settings: &Setting
     let memory_mib = match (limits.memory_bytes, memory_default) {
         (0, None) => guest.default_memory_mib.value.get(),
         (0, Some(mib)) => mib,
-        (bytes, base) => base.unwrap_or(pod.overhead_mib.value.get()).saturating_add(bytes.div_ceil(MIB)),
+        (bytes, base) => {
+            let limited = base.unwrap_or(pod.overhead_mib.value.get()).saturating_add(bytes.div_ceil(MIB));
+            // One without a limit is not to find less than in a pod where none has any.
+            if limits.memory_is_whole { limited } else { limited.max(guest.default_memory_mib.value.get()) }
+        }
     };
     let memory_mib = memory_mib.saturating_add(limits.huge_pages_bytes.div_ceil(MIB));
     let memory_mib = memory_mib.min(asked("default_maxmemory")?.filter(|max| *max > 0).unwrap_or(u64::MAX));
-    let memory_mib = at_most("MiB of memory", memory_mib, pod.max_memory_mib.value.get());
+    let memory_mib = at_most("MiB of memory", memory_mib, pod.max_memory_mib.value.get().min(host_memory_mib));
     let mut words = vec![guest.kernel_params.value.as_str()];
     let asked_words = allowed("kernel_params");
     words.extend(asked_words.iter().map(|(_, text)| text.as_str()));
@@ -185,6 +205,17 @@ fn parse(name: &str, text: &str) -> Result<u64> {
     text.trim().parse().map_err(|_| Error::Invalid(format!("the annotation {name}: {text:?} is no number")))
 }
 
+/// Kata takes parts of a CPU, and starts a whole one for each.
+fn parse_cpus(name: &str, text: &str) -> Result<u64> {
+    let cpus: f32 =
+        text.trim().parse().map_err(|_| Error::Invalid(format!("the annotation {name}: {text:?} is no number")))?;
+    if (0.0..=f32::from(u16::MAX)).contains(&cpus) {
+        Ok(cpus.ceil() as u64)
+    } else {
+        Err(Error::Invalid(format!("the annotation {name}: {text:?} is no number of CPUs")))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -224,8 +255,13 @@ mod tests {
     fn a_pod_without_limits_gets_the_default_and_one_with_limits_the_overhead_on_top() {
         let default = sized(&annotations([]), Limits::default()).unwrap();
         assert_eq!((default.cpus, default.memory_mib), (1, 512));
-        let limits =
-            Limits { memory_bytes: 16 * MIB, cpu_quota_us: 150_000, cpu_period_us: 100_000, ..Limits::default() };
+        let limits = Limits {
+            memory_bytes: 16 * MIB,
+            memory_is_whole: true,
+            cpu_quota_us: 150_000,
+            cpu_period_us: 100_000,
+            ..Limits::default()
+        };
         let small = sized(&annotations([]), limits).unwrap();
         let huge = sized(&annotations([]), Limits { huge_pages_bytes: 4 * MIB, ..limits }).unwrap();
         assert_eq!(huge.memory_mib, small.memory_mib + 4);
@@ -234,6 +270,38 @@ mod tests {
         let default = size(&annotations([]), Limits::default(), &node).unwrap();
         assert_eq!((default.cpus, default.memory_mib), (3, 256));
         assert_eq!(size(&annotations([]), limits, &node).unwrap().memory_mib, 64 + 16);
+    }
+
+    #[test]
+    fn a_container_without_a_limit_beside_one_with_a_limit_does_not_make_the_pod_small() {
+        let memory = |mib, memory_is_whole| {
+            let limits = Limits { memory_bytes: mib * MIB, memory_is_whole, ..Limits::default() };
+            sized(&annotations([]), limits).unwrap().memory_mib
+        };
+        assert_eq!(memory(64, true), 96 + 64);
+        assert_eq!(memory(64, false), 512);
+        assert_eq!(memory(1024, false), 96 + 1024);
+    }
+
+    #[test]
+    fn a_limit_above_what_the_host_has_makes_a_pod_as_large_as_the_host() {
+        let limits = Limits { memory_bytes: 8192 * MIB, memory_is_whole: true, ..Limits::default() };
+        let on = |host_mib| size_on(host_mib, &annotations([]), limits, &Settings::default()).unwrap().memory_mib;
+        assert_eq!((on(4096), on(16384)), (4096, 96 + 8192));
+    }
+
+    #[test]
+    fn parts_of_a_cpu_are_a_whole_one() {
+        let cpus = |text: &str| {
+            let name = format!("{HYPERVISOR}default_vcpus");
+            sized(&[(name, text.to_owned())].into(), Limits::default()).map(|size| size.cpus)
+        };
+        for (text, found) in [("0.5", 1), ("1.0", 1), ("1.5", 2), ("4", 4), ("0", 1)] {
+            assert_eq!(cpus(text).unwrap(), found, "{text}");
+        }
+        for wrong in ["-1", "NaN", "inf", "many", ""] {
+            assert!(cpus(wrong).unwrap_err().to_string().contains("default_vcpus"), "{wrong}");
+        }
     }
 
     #[test]
@@ -320,8 +388,13 @@ mod tests {
     #[test]
     fn nothing_is_larger_than_the_node_allows() {
         let node = settings("pod = { max_vcpus = 2, max_memory_mib = 1024 }");
-        let limits =
-            Limits { memory_bytes: u64::MAX, huge_pages_bytes: u64::MAX, cpu_quota_us: u64::MAX, cpu_period_us: 1 };
+        let limits = Limits {
+            memory_bytes: u64::MAX,
+            huge_pages_bytes: u64::MAX,
+            cpu_quota_us: u64::MAX,
+            cpu_period_us: 1,
+            ..Limits::default()
+        };
         let asked = annotations([
             ("io.katacontainers.config.hypervisor.default_maxvcpus", "32"),
             ("io.katacontainers.config.hypervisor.default_maxmemory", "4096"),
@@ -333,11 +406,11 @@ mod tests {
     #[test]
     fn what_is_no_number_is_named() {
         let wrong = annotations([("io.kubernetes.cri.sandbox-memory", "lots")]);
-        assert!(Limits::of_sandbox(&wrong).unwrap_err().to_string().contains("sandbox-memory"));
+        assert!(Limits::of_sandbox(&wrong, None).unwrap_err().to_string().contains("sandbox-memory"));
         let wrong = annotations([("io.katacontainers.config.hypervisor.default_vcpus", "-1")]);
         assert!(sized(&wrong, Limits::default()).unwrap_err().to_string().contains("default_vcpus"));
         let none = annotations([("io.kubernetes.cri.sandbox-memory", "-1")]);
-        assert_eq!(Limits::of_sandbox(&none).unwrap(), Limits::default());
+        assert_eq!(Limits::of_sandbox(&none, None).unwrap(), Limits::default());
     }
 
     proptest! {
@@ -345,10 +418,10 @@ mod tests {
         fn no_annotation_makes_sizing_panic(value in "\\PC*", memory: u64, quota: u64, period: u64) {
             for key in ["default_vcpus", "default_memory", "default_maxvcpus", "default_maxmemory"] {
                 let name = format!("io.katacontainers.config.hypervisor.{key}");
-                let limits = Limits { memory_bytes: memory, huge_pages_bytes: memory, cpu_quota_us: quota, cpu_period_us: period };
+                let limits = Limits { memory_bytes: memory, huge_pages_bytes: memory, cpu_quota_us: quota, cpu_period_us: period, ..Limits::default() };
                 let _ = sized(&annotations([(&name, &value)]), limits);
             }
-            let _ = Limits::of_sandbox(&annotations([("io.kubernetes.cri.sandbox-memory", &value)]));
+            let _ = Limits::of_sandbox(&annotations([("io.kubernetes.cri.sandbox-memory", &value)]), None);
         }
     }
 }

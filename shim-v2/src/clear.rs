@@ -14,7 +14,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use crate::events::timestamp;
 use crate::flags::Flags;
 use crate::process::Exit;
-use crate::{Trouble, launch, spec, vm};
+use crate::{Trouble, launch, vm};
 
 /// How long a shim may take to end by itself, of the 5 s that containerd gives for all of this.
 const EXIT_GRACE_SECONDS: i64 = 2;
@@ -40,8 +40,9 @@ fn clear(bundle: &Path, flags: &Flags) -> Result<Vec<u8>, Trouble> {
             let _ = std::fs::remove_file(socket);
         }
         vm::sweep(&host)?;
-        let cgroup = spec::read(bundle).ok().and_then(|spec| spec::cgroup(&spec));
-        if let Some(Ok(cgroup)) = cgroup.map(|path| Cgroup::at(&path)) {
+        if let Ok(path) = std::fs::read_to_string(bundle.join(launch::CGROUP_FILE))
+            && let Ok(cgroup) = Cgroup::at(&path)
+        {
             cgroup.remove_killed(CGROUP_GRACE);
         }
     }

@@ -9,6 +9,7 @@ use hull_sandbox::registry::RegistryError;
 use hull_sandbox::root::RootError;
 use hull_sandbox::sandbox::SandboxError;
 use hull_sandbox::share::ShareError;
+use hull_sandbox::vmm::VmmError;
 use ttrpc::Code;
 
 /// A request that was not carried out.
@@ -103,12 +104,16 @@ fn of_sandbox(error: &SandboxError) -> Code {
         SandboxError::Registry(RegistryError::State { source, .. }) => of_io(source),
         SandboxError::Registry(_) => Code::INTERNAL,
         SandboxError::Share(error) => of_share(error),
-        SandboxError::Vmm(_) | SandboxError::Random(_) => Code::INTERNAL,
+        SandboxError::Vmm(
+            VmmError::Open { source, .. } | VmmError::Socket { source, .. } | VmmError::Spawn(source),
+        ) => of_io(source),
+        SandboxError::Vmm(VmmError::Disk(_) | VmmError::Ended { .. }) | SandboxError::Random(_) => Code::INTERNAL,
         SandboxError::Agent(error) => of_agent(error),
         // A namespace that is not there, or not one, was named wrongly; the rest is what this host lacks.
         SandboxError::Network(NetworkError::Open { .. } | NetworkError::Enter { .. } | NetworkError::Host(_)) => {
             Code::INVALID_ARGUMENT
         }
+        SandboxError::Network(NetworkError::Note { source, .. }) => of_io(source),
         SandboxError::Network(_) => Code::FAILED_PRECONDITION,
         SandboxError::BootTimeout { .. } => Code::DEADLINE_EXCEEDED,
         SandboxError::Cancelled => Code::CANCELLED,

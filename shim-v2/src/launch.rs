@@ -25,6 +25,8 @@ use crate::{Trouble, rootfs, spec};
 pub(crate) const PID_FILE: &str = "shim.pid";
 /// Beside it, the path of the socket.
 pub(crate) const SOCKET_FILE: &str = "shim.socket";
+/// Beside them, what the pod is accounted to on the host, as an OCI specification has it.
+pub(crate) const CGROUP_FILE: &str = "cgroup";
 /// In each container's bundle, where containerd 1.7 finds the shim again after a restart of its own; version 2 keeps what it was answered.
 const ADDRESS_FILE: &str = "address";
 /// In what `-info` prints: the types of mounts that containerd hands over unmounted.

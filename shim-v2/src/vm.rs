@@ -33,7 +33,8 @@ type ShareJob = Box<dyn FnOnce(&Share) + Send>;
 enum Job {
     /// Something to be done with the tree that the guest sees.
     Share(ShareJob),
-    Stop,
+    /// The end of the VM, `true` where the guest is asked to end.
+    Stop { orderly: bool },
 }
 
 /// What a pod's guest is to be.
@@ -189,8 +190,17 @@ impl Vm {
 
     /// Ends the VM and waits until nothing is left of it.
     pub(crate) async fn stop(&self) {
+        self.end(Job::Stop { orderly: true }).await;
+    }
+
+    /// Ends the VM, whose guest does not answer, and waits until nothing is left of it.
+    pub(crate) async fn kill(&self) {
+        self.end(Job::Stop { orderly: false }).await;
+    }
+
+    async fn end(&self, job: Job) {
         // Fails where it has ended already.
-        let _ = self.jobs.send(Job::Stop).await;
+        let _ = self.jobs.send(job).await;
         self.ended().await;
     }
 
@@ -220,20 +230,22 @@ impl Vm {
 
 /// Owns the VM until its end.
 async fn keep(mut running: Running, mut jobs: mpsc::Receiver<Job>, end: watch::Sender<Option<String>>) {
-    let reason = loop {
+    let (reason, orderly) = loop {
         tokio::select! {
             biased;
             error = running.ended() => {
                 tracing::error!("{error}");
-                break error.to_string();
+                break (error.to_string(), true);
             }
             job = jobs.recv() => match job {
                 Some(Job::Share(work)) => work(running.share()),
-                Some(Job::Stop) | None => break "it was stopped".to_owned(),
+                Some(Job::Stop { orderly: false }) => break ("it did not answer and was killed".to_owned(), false),
+                Some(Job::Stop { orderly: true }) | None => break ("it was stopped".to_owned(), true),
             },
         }
     };
-    let removed = match running.stop().await {
+    let ended = if orderly { running.stop().await } else { running.kill().await };
+    let removed = match ended {
         Ok(claim) => claim.remove().map_err(|error| error.to_string()),
         Err(error) => Err(error.to_string()),
     };

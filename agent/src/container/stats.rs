@@ -2,9 +2,17 @@
 
 use std::io;
 
-use super::{Container, Phase};
+use super::{Container, Containers, Phase};
 use crate::cgroup::stats::Stats;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Step};
+
+impl Containers {
+    /// What all of them have used together. Of processor time the kernel adds what a removed cgroup has used to the one above, so that
+    /// this never falls.
+    pub(crate) fn total(&self) -> Result<Stats> {
+        Stats::read(&self.cgroup).step("read the statistics of all containers")
+    }
+}
 
 impl Container {
     /// The statistics, also of a container that has stopped, until it is removed.

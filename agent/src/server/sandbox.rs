@@ -8,6 +8,7 @@ use hull_protocol::agent::{
     SandboxStatsResponse, SetTimeRequest,
 };
 use hull_protocol::agent_ttrpc::SandboxService;
+use protobuf::MessageField;
 use tokio::task::spawn_blocking;
 use ttrpc::r#async::TtrpcContext;
 
@@ -85,11 +86,14 @@ impl SandboxService for Services {
         Ok(SandboxStatsResponse {
             memory_total_bytes: stats.memory_total_bytes,
             memory_available_bytes: stats.memory_available_bytes,
+            memory_free_bytes: stats.memory_free_bytes,
+            memory_inactive_file_bytes: stats.memory_inactive_file_bytes,
             cpus_online: stats.cpus_online,
             load_1m_milli: stats.load_1m_milli,
             uptime_ms: stats.uptime_ms,
             containers: self.containers.count() as u32,
             agent_resident_bytes: stats.agent_resident_bytes,
+            of_containers: MessageField::some(convert::stats(self.containers.total()?)),
             ..Default::default()
         })
     }

@@ -18,14 +18,14 @@ use hull_sandbox::share::{RootSource, Share};
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 
-use super::{Container, Pod, cpus};
+use super::{Container, Pod, cpus, memory};
 use crate::annotations::{self, Limits, Role};
 use crate::error::{Error, Result};
 use crate::live::{Followers, LiveVolume};
 use crate::memory::MemoryVolumes;
 use crate::process::{Body, Exit, Process};
 use crate::rootfs;
-use crate::spec::{self, user_namespace};
+use crate::spec::{self, PodFile, user_namespace};
 use crate::streams::{Ends, Pumps, Stdio};
 use crate::vm::{Boot, Guest, Vm, sandbox_name};
 
@@ -54,6 +54,8 @@ impl Pod {
         let spec = spec::read(&bundle)?;
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         let cpu_limit = resources.and_then(|resources| cpus::limit(resources).ok()).flatten();
+        let memory_limit = resources.and_then(memory::limit).flatten();
+        let oom_score_adj = spec.process().as_ref().and_then(|process| process.oom_score_adj());
         let role = annotations::role(&spec.annotations().clone().unwrap_or_default())?;
         if self.lock().containers.contains_key(&request.id) {
             return Err(Error::Exists(format!("there is a container {} already", request.id)));
@@ -88,10 +90,13 @@ impl Pod {
             bundle: request.bundle,
             init: process.clone(),
             cpu_limit,
+            memory_limit,
+            oom_score_adj,
             _followers: followers,
             execs: Default::default(),
         };
         self.lock().containers.insert(request.id, container);
+        self.rank_for_oom();
         if let Err(error) = self.fit_cpus(false).await {
             // It runs, if on fewer CPUs than its limit allows.
             tracing::warn!("cannot bring CPUs online: {error}");
@@ -118,7 +123,8 @@ impl Pod {
             return Err(user_namespace::changed_owners());
         }
         let notes = spec.annotations().clone().unwrap_or_default();
-        let limits = if is_sandbox { Limits::of_sandbox(&notes)? } else { own_limits(&spec) };
+        let cgroup = spec::cgroup(&spec);
+        let limits = if is_sandbox { Limits::of_sandbox(&notes, cgroup.as_deref())? } else { own_limits(&spec) };
         let size = annotations::size(&notes, limits, &self.settings)?;
         let network_namespace = spec::network_namespace(&spec);
         if let Some(path) = network_namespace.as_ref().filter(|path| !path.exists()) {
@@ -130,8 +136,8 @@ impl Pod {
         // Those of a container that is no sandbox are set with it.
         let sysctls = if is_sandbox { spec::sysctls(&spec) } else { HashMap::new() };
         let guest = Guest { hostname, sysctls, size, network_namespace };
-        self.join_cgroup(spec::cgroup(&spec).as_deref())?;
-        let plan = Plan::new(request, self.memory_volumes.clone(), None);
+        self.join_cgroup(cgroup.as_deref())?;
+        let plan = Plan::new(request, self.memory_volumes.clone(), Vec::new());
         let prepare = |share: &Share| if is_sandbox { Ok(None) } else { plan.prepare(share, spec).map(Some) };
         let booted = self.boot(&guest, prepare).await;
         if booted.is_err() {
@@ -183,7 +189,7 @@ impl Pod {
     /// Creates a container in the pod's VM.
     async fn create_member(&self, request: &Create, spec: Spec, ends: Ends) -> Result<(Arc<Process>, Followers)> {
         let vm = self.vm()?;
-        let plan = Plan::new(request, self.memory_volumes.clone(), self.resolv_conf());
+        let plan = Plan::new(request, self.memory_volumes.clone(), self.files());
         let prepared = vm.with_share(move |share| plan.prepare(share, spec)).await?;
         let created = match prepared {
             Ok(prepared) => launch(&vm, request, prepared, ends).await,
@@ -280,6 +286,7 @@ fn own_limits(spec: &Spec) -> Limits {
     let positive = |limit: Option<i64>| limit.and_then(|limit| u64::try_from(limit).ok()).unwrap_or(0);
     Limits {
         memory_bytes: positive(memory.and_then(|memory| memory.limit())),
+        memory_is_whole: true,
         huge_pages_bytes: huge_pages.map(|limit| positive(Some(limit.limit()))).fold(0, u64::saturating_add),
         cpu_quota_us: positive(cpu.and_then(|cpu| cpu.quota())),
         cpu_period_us: cpu.and_then(|cpu| cpu.period()).unwrap_or(0),
@@ -302,11 +309,12 @@ struct Plan {
     bundle: PathBuf,
     rootfs: Vec<FileSystem>,
     memory_volumes: Arc<MemoryVolumes>,
-    resolv_conf: Option<String>,
+    /// The pod's, unless the container brings its own.
+    files: Vec<PodFile>,
 }
 
 impl Plan {
-    fn new(request: &Create, memory_volumes: Arc<MemoryVolumes>, resolv_conf: Option<String>) -> Self {
+    fn new(request: &Create, memory_volumes: Arc<MemoryVolumes>, files: Vec<PodFile>) -> Self {
         let rootfs = request.rootfs.iter().map(|mount| FileSystem {
             fstype: mount.type_.clone(),
             source: mount.source.clone(),
@@ -317,15 +325,13 @@ impl Plan {
             bundle: request.bundle.clone().into(),
             rootfs: rootfs.collect(),
             memory_volumes,
-            resolv_conf,
+            files,
         }
     }
 
     /// Fills the tree and makes the guest's specification.
     fn prepare(mut self, share: &Share, mut spec: Spec) -> Result<Prepared> {
-        if let Some(text) = &self.resolv_conf {
-            spec::give_resolv_conf(&mut spec, &self.bundle, text)?;
-        }
+        spec::give_files(&mut spec, &self.bundle, &self.files)?;
         user_namespace::absorb(&mut spec, &mut self.rootfs)?;
         let root = if self.rootfs.is_empty() {
             let path = spec.root().as_ref().map_or(Path::new("rootfs"), |root| root.path());

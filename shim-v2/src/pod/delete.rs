@@ -55,6 +55,7 @@ impl Pod {
             state.containers.remove(container_id);
             state.is_in_use()
         };
+        self.rank_for_oom();
         if !is_in_use {
             self.stop_vm().await;
         }

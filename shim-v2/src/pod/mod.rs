@@ -6,6 +6,7 @@
 mod cpus;
 mod create;
 mod delete;
+mod memory;
 mod operate;
 mod sandbox;
 mod start;
@@ -31,6 +32,7 @@ use self::sandbox::Sandbox;
 use crate::annotations::Size;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
+use crate::launch;
 use crate::live::Followers;
 use crate::memory::MemoryVolumes;
 use crate::process::Process;
@@ -80,6 +82,9 @@ struct Container {
     bundle: String,
     init: Arc<Process>,
     cpu_limit: cpus::Limit,
+    memory_limit: memory::Limit,
+    /// How readily the kernel ends it where memory is short, as the kubelet ranks it.
+    oom_score_adj: Option<i32>,
     /// Keeps its volumes up to date, until it is dropped.
     _followers: Followers,
     execs: HashMap<String, Arc<Process>>,
@@ -198,10 +203,13 @@ impl Pod {
         self.publisher.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
     }
 
-    /// Puts the shim, and with it the VMM that it will start, where the pod is accounted to.
+    /// Puts the shim, and with it the VMM that it will start, where the pod is accounted to. `delete` finds it there should the shim die.
     fn join_cgroup(&self, path: Option<&str>) -> Result<()> {
         let Some(path) = path.filter(|path| !path.is_empty()) else { return Ok(()) };
         let cgroup = Cgroup::at(path)?;
+        // The shim is in the bundle of what it was started for.
+        std::fs::write(launch::CGROUP_FILE, path)
+            .map_err(Error::host(format!("cannot write {}", launch::CGROUP_FILE)))?;
         cgroup.join()?;
         self.lock().cgroup = Some(cgroup);
         Ok(())

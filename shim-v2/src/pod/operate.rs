@@ -7,9 +7,10 @@ use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskPaused, TaskResumed};
 use containerd_shim_protos::topics;
 use hull_protocol::agent::ContainerStatsResponse;
+use hull_sandbox::agent::AgentError;
 use oci_spec::runtime::LinuxResources;
 
-use super::{Pod, cpus};
+use super::{Pod, cpus, memory};
 use crate::error::{Error, Result};
 use crate::process::{Body, Exit, Phase, Process, SIGINT, SIGKILL, SIGTERM};
 use crate::streams::Stdio;
@@ -62,7 +63,7 @@ impl Pod {
         Ok(())
     }
 
-    /// Sends a signal.
+    /// Sends a signal. SIGKILL to a process of a guest that does not answer ends the VM.
     ///
     /// # Errors
     ///
@@ -89,6 +90,12 @@ impl Pod {
             Err(error) if error.is_not_found() => Err(finished()),
             Err(error) => match self.vm()?.explain(error).await {
                 Error::Gone(_) => Err(finished()),
+                // Nothing in it can be told apart any more, and who kills must get there.
+                error @ Error::Agent(AgentError::Silent { .. }) if signal == SIGKILL => {
+                    tracing::error!("the {} is killed with its virtual machine: {error}", process.name());
+                    self.vm()?.kill().await;
+                    Ok(())
+                }
                 error => Err(error),
             },
         }
@@ -163,7 +170,7 @@ impl Pod {
     ///
     /// # Errors
     ///
-    /// Fails where the guest's kernel refuses a limit.
+    /// Fails where the guest's kernel refuses a limit, or the machine has less memory.
     pub(crate) async fn update(&self, container_id: &str, json: &[u8]) -> Result<()> {
         let mut resources: LinuxResources = serde_json::from_slice(json)
             .map_err(|error| Error::Invalid(format!("the resources are broken: {error}")))?;
@@ -173,16 +180,21 @@ impl Pod {
             return Ok(());
         }
         let vm = self.vm()?;
+        let memory_limit = memory::limit(&resources);
+        if let Some(after) = memory_limit {
+            let state = self.lock();
+            let machine_mib = state.size.as_ref().map_or(u64::MAX, |size| size.memory_mib);
+            memory::check_change(state.container(container_id)?.memory_limit, after, machine_mib)?;
+        }
         if let Some(rules) = resources.devices_mut() {
             spec::renumber_rules(rules, &vm.disks_of(container_id).await);
         }
         if let Err(error) = process.guest()?.update(&resources).await {
             return Err(vm.explain(error).await);
         }
-        if let Ok(limit) = cpus::limit(&resources)
-            && let Some(container) = self.lock().containers.get_mut(container_id)
-        {
-            container.cpu_limit = limit;
+        if let Some(container) = self.lock().containers.get_mut(container_id) {
+            container.cpu_limit = cpus::limit(&resources).unwrap_or(container.cpu_limit);
+            container.memory_limit = memory_limit.unwrap_or(container.memory_limit);
         }
         self.fit_cpus(true).await
     }

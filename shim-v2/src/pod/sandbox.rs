@@ -8,9 +8,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use containerd_shim_protos::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use hull_settings::Settings;
-use protobuf::{Message, MessageField};
+use protobuf::Message;
 use tokio::sync::watch;
 
 use super::Pod;
@@ -18,10 +18,12 @@ use crate::annotations::{self, Limits};
 use crate::error::{Error, Result};
 use crate::generated::cri::{DNSConfig, NamespaceMode, PodSandboxConfig};
 use crate::process::Exit;
-use crate::spec;
+use crate::spec::{self, PodFile};
+use crate::stats;
 use crate::vm::Guest;
 
 const NODES_RESOLV_CONF: &str = "/etc/resolv.conf";
+const NODES_HOSTS: &str = "/etc/hosts";
 /// What containerd sets for every pod of which it makes the specification itself: low ports and ping are for every user.
 const SYSCTLS: [(&str, &str); 2] =
     [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
@@ -42,9 +44,9 @@ pub(crate) struct CreateSandbox {
 pub(super) struct Sandbox {
     guest: Guest,
     /// As an OCI specification has it.
-    cgroup: Option<String>,
-    /// Of its containers, unless they bring their own. containerd makes it for its own sandboxer only.
-    resolv_conf: Option<String>,
+    cgroup: String,
+    /// Of its containers, unless they bring their own. containerd makes them for its own sandboxer only.
+    files: Vec<PodFile>,
     created_at: SystemTime,
     phase: watch::Sender<Phase>,
 }
@@ -74,7 +76,7 @@ impl Pod {
     /// Fails where it has been created before or cannot be as asked.
     pub(crate) fn create_sandbox(&self, request: CreateSandbox) -> Result<()> {
         self.check_sandbox_id(&request.id)?;
-        let sandbox = Sandbox::new(request, &self.settings)?;
+        let sandbox = Sandbox::new(request, &self.namespace, &self.settings)?;
         let mut state = self.lock();
         state.check_open()?;
         if state.sandbox.is_some() || state.vm.is_some() {
@@ -97,7 +99,7 @@ impl Pod {
             _ => Err(Error::State(format!("the sandbox {id} has been started already"))),
         })?;
         let (guest, cgroup) = wish?;
-        self.join_cgroup(cgroup.as_deref())?;
+        self.join_cgroup(Some(&cgroup))?;
         let booted = self.boot(&guest, |_| Ok(())).await;
         if booted.is_err() {
             self.stop_vm().await;
@@ -180,7 +182,8 @@ impl Pod {
         Ok(())
     }
 
-    /// What the guest as a whole uses.
+    /// What the guest uses: memory as a whole, with its kernel's; the rest is that of its containers, those that are gone included, so that
+    /// no counter ever falls.
     ///
     /// # Errors
     ///
@@ -188,36 +191,17 @@ impl Pod {
     pub(crate) async fn sandbox_metrics(&self, id: &str) -> Result<Metrics> {
         self.check_sandbox_id(id)?;
         let vm = self.vm()?;
-        let containers: Vec<String> = self.lock().containers.keys().cloned().collect();
         let guest = match vm.agent().stats().await {
             Ok(stats) => stats,
             Err(error) => return Err(vm.explain(error).await),
         };
-        let (mut cpu, mut pids, mut working) = (CPUStat::default(), PidsStat::default(), MemoryStat::default());
-        for container in containers {
-            // One that has just been deleted does not count.
-            let Ok(metrics) = self.stats(&container).await else { continue };
-            cpu.usage_usec = cpu.usage_usec.saturating_add(metrics.cpu.usage_usec);
-            cpu.user_usec = cpu.user_usec.saturating_add(metrics.cpu.user_usec);
-            cpu.system_usec = cpu.system_usec.saturating_add(metrics.cpu.system_usec);
-            pids.current = pids.current.saturating_add(metrics.pids.current);
-            for (sum, part) in [
-                (&mut working.anon, metrics.memory.anon),
-                (&mut working.inactive_file, metrics.memory.inactive_file),
-                (&mut working.pgfault, metrics.memory.pgfault),
-                (&mut working.pgmajfault, metrics.memory.pgmajfault),
-            ] {
-                *sum = sum.saturating_add(part);
-            }
-        }
-        working.usage = guest.memory_total_bytes.saturating_sub(guest.memory_available_bytes);
-        working.usage_limit = guest.memory_total_bytes;
-        Ok(Metrics {
-            cpu: MessageField::some(cpu),
-            pids: MessageField::some(pids),
-            memory: MessageField::some(working),
-            ..Default::default()
-        })
+        let mut metrics = stats::metrics(guest.of_containers.get_or_default());
+        // containerd takes from what is used the cache that could go.
+        let memory = metrics.memory.mut_or_insert_default();
+        memory.usage = guest.memory_total_bytes.saturating_sub(guest.memory_free_bytes);
+        memory.inactive_file = guest.memory_inactive_file_bytes;
+        memory.usage_limit = guest.memory_total_bytes;
+        Ok(metrics)
     }
 
     fn check_sandbox_id(&self, id: &str) -> Result<()> {
@@ -232,14 +216,14 @@ impl Pod {
 }
 
 impl Pod {
-    /// The resolv.conf of the pod's containers; none where containerd makes it.
-    pub(super) fn resolv_conf(&self) -> Option<String> {
-        self.lock().sandbox.as_ref().and_then(|sandbox| sandbox.resolv_conf.clone())
+    /// The files of the pod's containers; none where containerd makes them.
+    pub(super) fn files(&self) -> Vec<PodFile> {
+        self.lock().sandbox.as_ref().map(|sandbox| sandbox.files.clone()).unwrap_or_default()
     }
 }
 
 impl Sandbox {
-    fn new(request: CreateSandbox, settings: &Settings) -> Result<Self> {
+    fn new(request: CreateSandbox, namespace: &str, settings: &Settings) -> Result<Self> {
         let config = PodSandboxConfig::parse_from_bytes(&request.config)
             .map_err(|error| Error::Invalid(format!("the sandbox's configuration is broken: {error}")))?;
         let linux = config.linux.get_or_default();
@@ -259,8 +243,10 @@ impl Sandbox {
         }
         let positive = |number: i64| u64::try_from(number).unwrap_or(0);
         let resources = linux.resources.get_or_default();
+        let cgroup = cgroup_below(&linux.cgroup_parent, namespace, &request.id);
         let limits = Limits {
             memory_bytes: positive(resources.memory_limit_in_bytes),
+            memory_is_whole: annotations::is_limited(Some(&cgroup)),
             huge_pages_bytes: resources
                 .hugepage_limits
                 .iter()
@@ -273,19 +259,15 @@ impl Sandbox {
         let mut sysctls: HashMap<String, String> =
             SYSCTLS.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
         sysctls.extend(spec::with_dots(&linux.sysctls));
+        let hostname = if config.hostname.is_empty() { short(&request.id) } else { config.hostname };
+        let files = files(&hostname, config.dns_config.get_or_default());
         let guest = Guest {
-            hostname: if config.hostname.is_empty() { short(&request.id) } else { config.hostname },
+            hostname,
             sysctls,
             size: annotations::size(&notes, limits, settings)?,
             network_namespace: (!netns.is_empty()).then(|| netns.into()),
         };
-        Ok(Self {
-            guest,
-            cgroup: cgroup_below(&linux.cgroup_parent, &request.id),
-            resolv_conf: resolv_conf(config.dns_config.get_or_default()),
-            created_at: SystemTime::now(),
-            phase: watch::Sender::new(Phase::Created),
-        })
+        Ok(Self { guest, cgroup, files, created_at: SystemTime::now(), phase: watch::Sender::new(Phase::Created) })
     }
 
     /// Notes the end, unless there has been one.
@@ -298,6 +280,17 @@ impl Sandbox {
             }
         });
     }
+}
+
+/// What containerd gives the containers of its own sandboxer. The node's hosts(5) are for those of a client that brings none; the
+/// kubelet does.
+fn files(hostname: &str, dns: &DNSConfig) -> Vec<PodFile> {
+    let texts = [
+        ("hostname", Some(format!("{hostname}\n"))),
+        ("hosts", std::fs::read_to_string(NODES_HOSTS).ok()),
+        ("resolv.conf", resolv_conf(dns)),
+    ];
+    texts.into_iter().filter_map(|(name, text)| Some(PodFile { name, text: text? })).collect()
 }
 
 /// What a pod's resolv.conf(5) says, as containerd writes it: the node's where the pod wants nothing of its own.
@@ -313,12 +306,12 @@ fn resolv_conf(config: &DNSConfig) -> Option<String> {
     Some(list("search", searches) + &servers + &list("options", options))
 }
 
-/// The cgroup of a sandbox below the one that the kubelet has made for the pod.
-fn cgroup_below(parent: &str, id: &str) -> Option<String> {
+/// The cgroup of a sandbox below the one that the kubelet has made for the pod; without that, where containerd has those of its own.
+fn cgroup_below(parent: &str, namespace: &str, id: &str) -> String {
     match parent.rsplit('/').next() {
-        _ if parent.is_empty() => None,
-        Some(slice) if slice.ends_with(".slice") => Some(format!("{slice}:hull:{id}")),
-        _ => Some(format!("{parent}/{id}")),
+        _ if parent.is_empty() => format!("/{namespace}/{id}"),
+        Some(slice) if slice.ends_with(".slice") => format!("{slice}:hull:{id}"),
+        _ => format!("{parent}/{id}"),
     }
 }
 
@@ -340,7 +333,7 @@ mod tests {
     }
 
     fn made(request: CreateSandbox) -> Result<Sandbox> {
-        Sandbox::new(request, &Settings::default())
+        Sandbox::new(request, "k8s.io", &Settings::default())
     }
 
     #[test]
@@ -353,6 +346,13 @@ mod tests {
         let sandbox = sandbox.unwrap();
         assert_eq!(sandbox.guest.hostname, "web");
         assert!(sandbox.guest.size.memory_mib > 1024);
+    }
+
+    #[test]
+    fn a_pod_without_a_name_has_the_beginning_of_its_identifier_for_one() {
+        let hostname = |files: Vec<PodFile>| files.into_iter().find(|file| file.name == "hostname").unwrap().text;
+        assert_eq!(hostname(made(config(|_| {})).unwrap().files), "p\n");
+        assert_eq!(hostname(made(config(|config| config.hostname = "web".into())).unwrap().files), "web\n");
     }
 
     #[test]
@@ -369,9 +369,9 @@ mod tests {
 
     #[test]
     fn a_sandbox_is_accounted_to_its_pod_under_both_drivers() {
-        assert_eq!(cgroup_below("", "p"), None);
-        assert_eq!(cgroup_below("/kubepods/pod1", "p").unwrap(), "/kubepods/pod1/p");
-        let slice = cgroup_below("/kubepods.slice/kubepods-pod1.slice", "p").unwrap();
+        assert_eq!(cgroup_below("", "k8s.io", "p"), "/k8s.io/p");
+        assert_eq!(cgroup_below("/kubepods/pod1", "k8s.io", "p"), "/kubepods/pod1/p");
+        let slice = cgroup_below("/kubepods.slice/kubepods-pod1.slice", "k8s.io", "p");
         assert_eq!(slice, "kubepods-pod1.slice:hull:p");
     }
 

@@ -100,25 +100,35 @@ fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<&LinuxNamespace> {
     namespaces.into_iter().flatten().find(|namespace| namespace.typ() == kind)
 }
 
-/// Has a container without a resolv.conf(5) of its own see `text` as that, from a file in its bundle.
+/// A file that containers get unless they bring their own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PodFile {
+    /// In `/etc`.
+    pub(crate) name: &'static str,
+    pub(crate) text: String,
+}
+
+/// Has a container see the pod's files of those that it does not bring, from copies in its bundle.
 ///
 /// # Errors
 ///
-/// Fails where the file cannot be written.
-pub(crate) fn give_resolv_conf(spec: &mut Spec, bundle: &Path, text: &str) -> Result<()> {
-    let destination = Path::new("/etc/resolv.conf");
+/// Fails where a file cannot be written.
+pub(crate) fn give_files(spec: &mut Spec, bundle: &Path, files: &[PodFile]) -> Result<()> {
+    let access = if spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true)) { "ro" } else { "rw" };
     let mut mounts = spec.mounts().clone().unwrap_or_default();
-    if mounts.iter().any(|mount| mount.destination() == destination) {
-        return Ok(());
+    for PodFile { name, text } in files {
+        let destination = Path::new("/etc").join(name);
+        if mounts.iter().any(|mount| *mount.destination() == destination) {
+            continue;
+        }
+        let copy = bundle.join(name);
+        std::fs::write(&copy, text)
+            .map_err(|source| Error::Host { what: format!("cannot write {}", copy.display()), source })?;
+        let mut mount = Mount::default();
+        mount.set_destination(destination).set_typ(Some("bind".into())).set_source(Some(copy));
+        mount.set_options(Some(["rbind", "rprivate", access].map(str::to_owned).into()));
+        mounts.push(mount);
     }
-    let file = bundle.join("resolv.conf");
-    std::fs::write(&file, text)
-        .map_err(|source| Error::Host { what: format!("cannot write {}", file.display()), source })?;
-    let is_read_only = spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true));
-    let mut mount = Mount::default();
-    mount.set_destination(destination.into()).set_typ(Some("bind".into())).set_source(Some(file));
-    mount.set_options(Some(vec!["rbind".into(), "rprivate".into(), if is_read_only { "ro" } else { "rw" }.into()]));
-    mounts.push(mount);
     spec.set_mounts(Some(mounts));
     Ok(())
 }
@@ -243,6 +253,24 @@ mod tests {
         let mut spec = host_spec();
         spec["linux"]["namespaces"] = json!([{ "type": "mount" }, { "type": "uts" }]);
         assert_eq!(translated(&spec).unwrap()["hostname"], "pod");
+    }
+
+    #[test]
+    fn a_container_gets_the_files_of_its_pod_that_it_does_not_bring() {
+        let bundle = tempfile::tempdir().unwrap();
+        let mut spec = host_spec();
+        spec["root"]["readonly"] = json!(true);
+        spec["mounts"] = json!([{ "destination": "/etc/hosts", "type": "bind", "source": "/kubelet/hosts" }]);
+        let mut spec: Spec = serde_json::from_value(spec).unwrap();
+        let file = |name, text: &str| PodFile { name, text: text.to_owned() };
+        give_files(&mut spec, bundle.path(), &[file("hostname", "web\n"), file("hosts", "the pod's")]).unwrap();
+        let mounts = serde_json::to_value(spec.mounts()).unwrap();
+        assert_eq!(mounts.as_array().unwrap().len(), 2);
+        assert_eq!(mounts[0]["source"], "/kubelet/hosts");
+        assert_eq!(mounts[1]["destination"], "/etc/hostname");
+        assert_eq!(mounts[1]["options"], json!(["rbind", "rprivate", "ro"]));
+        let source = mounts[1]["source"].as_str().unwrap();
+        assert_eq!(std::fs::read_to_string(source).unwrap(), "web\n");
     }
 
     #[test]

@@ -65,7 +65,7 @@ fn task_create_of_a_container_that_cannot_be_is_refused_by_its_cause_and_leaves_
             (create("full", &bundle), "create the container"),
             // On the node, that no stream and no file for the guest can.
             (CreateTaskRequest { stdout: log.clone(), ..create("one", &bundle) }, log.as_str()),
-            (create("one", &elsewhere), "resolv.conf"),
+            (create("one", &elsewhere), "hostname"),
         ] {
             let (code, message) = refused(tasks.create(patience(), &request).await);
             assert_eq!(code, Code::RESOURCE_EXHAUSTED, "{message}");
@@ -122,10 +122,15 @@ fn task_create_without_room_for_what_hull_keeps_says_so_and_leaves_nothing() {
     run(async {
         let shim = Shim::start_with("cramped", |command| command.env("HULL_STATE_DIR", state.path())).await;
         let bundle = shim.single_bundle("true");
-        // With room for more names each time; a machine takes more than all of these.
-        for names in 1..6 {
+        // With room for more names each time, until there is enough for a machine.
+        for names in 1.. {
             state.remount(&format!("nr_inodes={names}"));
-            let (code, message) = refused(shim.tasks().create(patience(), &create("cramped", &bundle)).await);
+            let answer = shim.tasks().create(patience(), &create("cramped", &bundle)).await;
+            if answer.is_ok() {
+                assert!(names > 6, "a machine has a lock, a record, a directory and two sockets in it: {names}");
+                break;
+            }
+            let (code, message) = refused(answer);
             println!("{names}: {message}");
             assert_eq!(code, Code::RESOURCE_EXHAUSTED, "{names}: {message}");
             assert!(message.contains(state.path().to_str().unwrap()), "{names}: {message}");
@@ -137,6 +142,22 @@ fn task_create_without_room_for_what_hull_keeps_says_so_and_leaves_nothing() {
             let left: Vec<_> = left.filter(|name| !name.starts_with('.')).collect();
             assert!(left.is_empty(), "{names}: {left:?}");
         }
+        shim.remove_task("cramped").await;
+        shim.end().await;
+    });
+}
+
+#[test]
+fn task_kill_ends_what_runs_in_a_machine_that_does_not_answer() {
+    run(async {
+        let (shim, vmm) = Shim::with_sandbox("silent").await;
+        shim.run("one", "sleep 1000").await;
+        nix::sys::signal::kill(Pid::from_raw(vmm.try_into().unwrap()), Signal::SIGSTOP).unwrap();
+        // Half a minute is what an answer may take.
+        shim.kill("one", "", Signal::SIGKILL).await.unwrap();
+        assert_eq!(shim.wait_task("one", "").await, 137);
+        assert_eq!(shim.delete_task("one", "").await.unwrap().exit_status, 137);
+        assert_eq!(shim.sandbox_status().await.state, "SANDBOX_NOTREADY");
         shim.end().await;
     });
 }

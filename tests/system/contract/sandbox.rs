@@ -10,7 +10,7 @@ use fixture::cri::api::PodSandboxConfig;
 use super::*;
 
 impl Shim {
-    async fn sandbox_status(&self) -> SandboxStatusResponse {
+    pub(super) async fn sandbox_status(&self) -> SandboxStatusResponse {
         let request = SandboxStatusRequest { sandbox_id: self.id.clone(), verbose: true, ..Default::default() };
         self.sandbox().sandbox_status(patience(), &request).await.unwrap()
     }
@@ -175,13 +175,26 @@ fn sandbox_metrics_are_the_guests_as_a_whole() {
     run(async {
         let (shim, _) = Shim::shared().await;
         shim.run("metrics", "sleep 1000").await;
-        let request = SandboxMetricsRequest { sandbox_id: shim.id.clone(), ..Default::default() };
-        let metric = shim.sandbox().sandbox_metrics(patience(), &request).await.unwrap().metrics;
-        assert_eq!((metric.id.as_str(), metric.data.type_url.as_str()), ("shared", "io.containerd.cgroups.v2.Metrics"));
-        assert!(metric.timestamp.seconds > 0);
-        let metrics = Metrics::parse_from_bytes(&metric.data.value).unwrap();
+        let measure = async || {
+            let request = SandboxMetricsRequest { sandbox_id: shim.id.clone(), ..Default::default() };
+            let metric = shim.sandbox().sandbox_metrics(patience(), &request).await.unwrap().metrics.unwrap();
+            assert_eq!(metric.data.type_url, "io.containerd.cgroups.v2.Metrics");
+            assert!(metric.id == "shared" && metric.timestamp.seconds > 0, "{metric}");
+            Metrics::parse_from_bytes(&metric.data.value).unwrap()
+        };
+        let metrics = measure().await;
         assert!(metrics.memory.usage > 0 && metrics.memory.usage < metrics.memory.usage_limit, "{metrics}");
         assert!(metrics.cpu.usage_usec > 0 && metrics.pids.current >= 1, "{metrics}");
+
+        // A container that reads more than the guest uses otherwise, and goes. What it read can go, too, so it is not what the pod needs.
+        shim.run("reader", "dd if=/dev/zero of=/file bs=1M count=80; dd if=/file of=/dev/null bs=1M").await;
+        shim.wait_task("reader", "").await;
+        let before = measure().await;
+        let cached = before.memory.inactive_file;
+        assert!(cached > 64 << 20 && before.memory.usage > cached + before.memory.anon, "{before}");
+        shim.remove_task("reader").await;
+        let after = measure().await;
+        assert!(after.cpu.usage_usec >= before.cpu.usage_usec, "{before} and then {after}");
         shim.remove_task("metrics").await;
     });
 }

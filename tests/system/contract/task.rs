@@ -401,6 +401,11 @@ fn task_update_changes_limits_of_what_runs() {
         update(any("LinuxResources", &resources)).await.unwrap();
         let stats = shim.stats("update").await.unwrap();
         assert_eq!((stats.memory.usage_limit, stats.pids.limit), (48 << 20, 77));
+        // The machine has the 512 MiB of one without limits.
+        let (code, message) =
+            refused(update(any("LinuxResources", &json!({ "memory": { "limit": 4_u64 << 30 } }))).await);
+        assert_eq!(code, Code::FAILED_PRECONDITION, "{message}");
+        assert!(message.contains("512 MiB"), "{message}");
         let broken = Any { value: b"{\"memory\": ".to_vec(), ..any("LinuxResources", &json!({})) };
         assert_eq!(refused(update(broken).await).0, Code::INVALID_ARGUMENT);
         assert_eq!(shim.stats("update").await.unwrap().memory.usage_limit, 48 << 20);

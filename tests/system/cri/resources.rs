@@ -6,6 +6,8 @@ use std::path::Path;
 
 use fixture::containerd::{RUNTIME, ctr};
 use fixture::cri::{Container, Pod, cgroup_below, eventually, handlers};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 const MIB: i64 = 1 << 20;
 /// Takes more memory than a container has, or than the node has for the machine, and touches it.
@@ -25,7 +27,10 @@ fn a_container_that_runs_out_of_memory_is_told_so() {
     });
     its_machine_is_as_large_as_its_limits(&pod);
     the_cgroup_of_the_kubelet_holds_shim_and_monitor(&pod);
-    let greedy = pod.run("greedy", GREEDY, |config| config.resources().memory_limit_in_bytes = 64 * MIB);
+    let greedy = pod.run("greedy", GREEDY, |config| {
+        (config.resources().memory_limit_in_bytes, config.resources().oom_score_adj) = (64 * MIB, 100);
+    });
+    assert_eq!(oom_score_adj(&pod), 100, "as dear as its only container");
     assert_eq!(end_for_want_of_memory(&greedy), "137 OOMKilled");
     assert_eq!(pod.status().state, 0, "the pod runs on");
     pod.end();
@@ -33,7 +38,10 @@ fn a_container_that_runs_out_of_memory_is_told_so() {
 
 fn its_machine_is_as_large_as_its_limits(pod: &Pod) {
     // The least that Kubernetes' own tests ask for.
-    let small = pod.run("small", "exec sleep 1000", |config| config.resources().memory_limit_in_bytes = 16 * MIB);
+    let small = pod.run("small", "exec sleep 1000", |config| {
+        (config.resources().memory_limit_in_bytes, config.resources().oom_score_adj) = (16 * MIB, 900);
+    });
+    assert_eq!(oom_score_adj(pod), 900, "the node's kernel is to rank the machine as the kubelet ranks the container");
     assert_eq!(small.exec("cat /sys/fs/cgroup/memory.max; nproc"), "16777216\n2", "one and a half take two");
     let total: i64 = small.exec("awk '$1 == \"MemTotal:\" { print $2 }' /proc/meminfo").parse().unwrap();
     // What is for the guest itself comes on top.
@@ -43,24 +51,32 @@ fn its_machine_is_as_large_as_its_limits(pod: &Pod) {
 }
 
 fn the_cgroup_of_the_kubelet_holds_shim_and_monitor(pod: &Pod) {
-    let mut programs = BTreeSet::new();
-    programs_in(&pod.cgroup(), &mut programs);
+    let programs: BTreeSet<_> = processes_in(&pod.cgroup()).into_iter().map(|(_, program)| program).collect();
     let expected = ["containerd-shim-hull-v2", "hull-vmm"].map(str::to_owned);
     assert_eq!(programs, expected.into());
 }
 
-/// The programs of all processes in a cgroup and below.
-fn programs_in(cgroup: &Path, programs: &mut BTreeSet<String>) {
+/// Of the pod's VMM.
+fn oom_score_adj(pod: &Pod) -> i32 {
+    let processes = processes_in(&pod.cgroup());
+    let (pid, _) = processes.iter().find(|(_, program)| program == "hull-vmm").expect("a machine");
+    fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().parse().unwrap()
+}
+
+/// All processes in a cgroup and below: their numbers and their programs.
+fn processes_in(cgroup: &Path) -> Vec<(String, String)> {
+    let mut found = Vec::new();
     for pid in fs::read_to_string(cgroup.join("cgroup.procs")).unwrap().lines() {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap();
         let program = String::from_utf8_lossy(line.split(|byte| *byte == 0).next().unwrap()).into_owned();
-        programs.insert(program.rsplit('/').next().unwrap().to_owned());
+        found.push((pid.to_owned(), program.rsplit('/').next().unwrap().to_owned()));
     }
     for entry in fs::read_dir(cgroup).unwrap().flatten() {
         if entry.file_type().unwrap().is_dir() {
-            programs_in(&entry.path(), programs);
+            found.extend(processes_in(&entry.path()));
         }
     }
+    found
 }
 
 /// Its exit code and the reason.
@@ -97,6 +113,25 @@ fn a_machine_that_the_node_kills_for_want_of_memory_is_told_as_such() {
             1 => Ok(()),
             state => Err(format!("{handler}: its state is {state}")),
         });
+        pod.end();
+    }
+}
+
+#[test]
+fn a_pod_whose_shim_dies_is_not_ready_and_leaves_nothing() {
+    for handler in handlers().iter().copied() {
+        println!("with {handler}");
+        let pod = Pod::start(handler, |_| {});
+        let container = pod.run("first", "exec sleep 1000", |_| {});
+        let processes = processes_in(&pod.cgroup());
+        let (shim, _) = processes.iter().find(|(_, program)| program.starts_with("containerd-shim-")).expect("a shim");
+        kill(Pid::from_raw(shim.parse().unwrap()), Signal::SIGKILL).unwrap();
+        container.ended();
+        eventually("the pod is not ready", || match pod.status().state {
+            1 => Ok(()),
+            state => Err(format!("{handler}: its state is {state}")),
+        });
+        // Asserts that nothing is left.
         pod.end();
     }
 }

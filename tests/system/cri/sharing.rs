@@ -57,6 +57,7 @@ fn containers_of_a_pod_share_all_but_processes_and_files() {
             each_has_its_own_processes(handler, [&first, &second]);
             memory_names_and_sockets_are_the_pods(handler, &pod, &volume, [&first, &second]);
             files_of_the_kubelets_are_theirs(handler, &second, &hosts, &log);
+            assert_eq!(second.exec("cat /etc/hostname"), "the-pod", "{handler}");
             let seen = second.exec("cat /etc/resolv.conf");
             what_ignores_the_signal_is_killed_after_its_grace(handler, &second);
             pod.end();
@@ -94,6 +95,8 @@ fn memory_names_and_sockets_are_the_pods(handler: &str, pod: &Pod, volume: &Path
         0 => Ok(()),
         code => Err(format!("{handler}: {code}")),
     });
+    // It brings no hosts of its own, so it has the node's.
+    assert_eq!(listener.exec("cat /etc/hosts"), fs::read_to_string("/etc/hosts").unwrap().trim_end(), "{handler}");
     first.exec("ln -s /shared/socket /dev/log; logger over a socket");
     eventually("the message has come", || {
         let lines = listener.log_lines();

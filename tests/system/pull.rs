@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use fixture::registry::{ADDRESS, Registry};
+use fixture::terminal::Terminal;
 use fixture::{busybox, hull};
 
 /// One test for all: there is one address.
@@ -16,6 +17,11 @@ fn an_image_is_pulled_from_a_registry_and_run() {
     hull(["image", "pull", &format!("{ADDRESS}/hull/other")]).run().failed(&["404"]);
     hull(["image", "pull", "hull/busybox:test"]).run().failed(&["names no registry"]);
 
+    // Whoever sits at a terminal is shown a bar for each layer.
+    let mut terminal = Terminal::run(["image", "pull", &reference]);
+    terminal.wait_for(" / ");
+    terminal.wait_for("done");
+    assert_eq!(terminal.finish(), 0);
     let digest = hull(["image", "pull", "--quiet", &reference]).run().ok();
     let listed = hull(["image", "ls", "--json"]).run().ok();
     let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();

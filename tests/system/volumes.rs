@@ -4,6 +4,9 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 
 use fixture::{Detached, Said, debian, hull};
+use rustix::fs::XattrFlags;
+
+use crate::dialogue::Program;
 
 /// Runs a Python program with a directory of the host at /v.
 fn with_volume(options: &str, program: &str) -> (tempfile::TempDir, Said) {
@@ -214,4 +217,58 @@ print(os.listdir('/v'))
         many_files()
     );
     assert_eq!(with_volume("", &program).1.ok(), "['from-host']");
+}
+
+/// What a program in each container has of the file: what it says, an attribute, and whom its access control list names.
+const TELL_AND_CHANGE: &str = "
+import os, struct, sys
+file = os.open('/v/file', os.O_RDWR)
+ALL = 2 ** 32 - 1
+for turn in sys.stdin:
+    turn = int(turn)
+    named = struct.unpack_from('<I', os.getxattr('/v/file', 'system.posix_acl_access'), 16)[0]
+    print(int(os.pread(file, 9, 0)), int(os.getxattr('/v/file', 'user.turn')), named, flush=True)
+    os.pwrite(file, b'%09d' % turn, 0)
+    os.setxattr('/v/file', 'user.turn', b'%d' % turn)
+    entries = [(1, 6, ALL), (2, 6, turn), (4, 4, ALL), (16, 6, ALL), (32, 4, ALL)]
+    os.setxattr('/v/file', 'system.posix_acl_access', struct.pack('<I', 2) + b''.join(struct.pack('<HHI', *entry) for entry in entries))
+    print('done', flush=True)
+";
+
+#[test]
+fn what_is_not_cached_is_seen_at_once_by_other_guests_and_the_host() {
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let path = dir.path().join("file");
+    let change = |turn: u8| {
+        fs::write(&path, format!("{turn:09}")).unwrap();
+        rustix::fs::setxattr(&path, "user.turn", turn.to_string().as_bytes(), XattrFlags::empty()).unwrap();
+        fixture::netns::host(&format!("setfacl -b -m u:{turn}:rw {}", path.display()));
+    };
+    let see = || {
+        let mut attribute = [0; 8];
+        let len = rustix::fs::getxattr(&path, "user.turn", &mut attribute).unwrap();
+        let acl = fixture::netns::host(&format!("getfacl -n --omit-header {}", path.display()));
+        let users = acl.lines().filter_map(|line| line.strip_prefix("user:")?.strip_suffix(":rw-"));
+        // The owner is without a name there.
+        let named = users.filter(|user| !user.is_empty()).collect::<String>();
+        let text: u8 = fs::read_to_string(&path).unwrap().parse().unwrap();
+        format!("{text} {} {named}", String::from_utf8_lossy(&attribute[..len]))
+    };
+    change(1);
+    let volume = format!("{}:/v:cache=never", dir.path().display());
+    let containers = [(); 2].map(|()| Detached::start(["--memory", "256", "-v", &volume, &debian(), "sleep", "1000"]));
+    let mut programs = containers.each_ref().map(|container| Program::start(container, TELL_AND_CHANGE));
+    for turn in [2, 4, 6] {
+        for (program, turn) in programs.iter_mut().zip([turn, turn + 1]) {
+            let before = turn - 1;
+            program.say(&turn.to_string());
+            program.expect(&format!("{before} {before} {before}"));
+            program.expect("done");
+            assert_eq!(see(), format!("{turn} {turn} {turn}"));
+        }
+        // The same again by the host, so that the next to see it has seen another.
+        change(turn + 1);
+    }
+    programs.map(Program::end);
 }

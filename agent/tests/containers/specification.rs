@@ -227,11 +227,13 @@ async fn paths_and_mounts() {
 async fn devices() {
     let guest = guest!();
     let script = "ls /dev | tr '\\n' ' '; echo; head -c 4 /dev/zero | wc -c; echo > /dev/null; echo > /dev/full; \
-                  stat -c '%a %u %t:%T' /dev/own; mknod /dev/x c 10 229 && cat /dev/x; head -c1 /dev/own | wc -c";
+                  stat -c '%a %u %t:%T' /dev/own; mknod /dev/x c 10 229 && cat /dev/x; head -c1 /dev/own | wc -c; \
+                  head -c2 /device/zero | wc -c";
     let output = guest
         .run_changed("c", script, |spec| {
             spec["linux"]["devices"] = json!([
-                { "path": "/dev/own", "type": "c", "major": 1, "minor": 5, "fileMode": 0o640, "uid": 33, "gid": 33 }]);
+                { "path": "/dev/own", "type": "c", "major": 1, "minor": 5, "fileMode": 0o640, "uid": 33, "gid": 33 },
+                { "path": "/device/zero", "type": "c", "major": 1, "minor": 5 }]);
             spec["linux"]["resources"] = json!({ "devices": [{ "allow": false, "access": "rwm" }] });
         })
         .await;
@@ -242,7 +244,7 @@ async fn devices() {
             .replace("core fd", "fd")
             .replace("full null", "full kcore null")
     );
-    assert_eq!(lines[1..], ["4", "640 33 1:5", "1"], "{output:?}");
+    assert_eq!(lines[1..], ["4", "640 33 1:5", "1", "2"], "{output:?}");
     assert!(output.stderr.contains("No space left on device"), "{output:?}");
     assert!(output.stderr.contains("can't open '/dev/x': Operation not permitted"), "{output:?}");
 

@@ -37,7 +37,8 @@ async fn identity_and_privileges() {
     assert_eq!(output.stdout, expected, "{}", output.stderr);
 
     // By default: no privileges named are none, the usual limits, no leaks of the agent's.
-    let script = "grep -E 'CapEff|NoNewPrivs' /proc/self/status; ulimit -n; cat /proc/self/oom_score_adj; umask; \
+    let script = "grep -E 'CapEff|NoNewPrivs' /proc/self/status; ulimit -n; ulimit -Hn; \
+                  awk '/^Max processes/ { print $3, $4 }' /proc/self/limits; cat /proc/self/oom_score_adj; umask; \
                   ls /proc/self/fd | tr '\\n' ' '; env | grep -v ^PATH | sort";
     let output = guest
         .run_changed("c", script, |spec| {
@@ -47,8 +48,8 @@ async fn identity_and_privileges() {
             spec["process"]["args"][0] = json!("/bin/sh");
         })
         .await;
-    let expected =
-        "CapEff:\t0000000000000000\nNoNewPrivs:\t0\n1024\n0\n0022\n0 1 2 3 A=1\nB=x=y\nHOME=/root\nPWD=/\nSHLVL=1\n";
+    let expected = "CapEff:\t0000000000000000\nNoNewPrivs:\t0\n1024\n1048576\nunlimited unlimited\n0\n0022\n0 1 2 3 A=1\nB=x=y\n\
+        HOME=/root\nPWD=/\nSHLVL=1\n";
     assert_eq!(output.stdout, expected, "{}", output.stderr);
 
     // Inheritable and ambient capabilities pass to a user's programs.

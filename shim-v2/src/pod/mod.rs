@@ -80,6 +80,8 @@ struct Container {
     bundle: String,
     init: Arc<Process>,
     cpu_limit: cpus::Limit,
+    /// Whether its processes are in a namespace of its own.
+    owns_processes: bool,
     /// Keeps its volumes up to date, until it is dropped.
     _followers: Followers,
     execs: HashMap<String, Arc<Process>>,

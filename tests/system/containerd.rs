@@ -8,6 +8,7 @@ use fixture::Said;
 use fixture::containerd::{
     BUSYBOX, RUNTIME, Task, ctr, ctr_with_stdin, is_of_version_1, run_script, spawn_ctr, traces_of,
 };
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -112,6 +113,20 @@ fn task_create_names_a_mount_source_that_vanished() {
     assert_ne!(said.code, 0);
     assert!(said.stderr.contains("/no/such/source"), "{}", said.stderr);
     assert_nothing_left("nosource");
+}
+
+#[test]
+fn task_create_takes_a_mount_that_is_read_only_with_what_is_below_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let below = dir.path().join("below");
+    std::fs::create_dir(&below).unwrap();
+    mount(None::<&str>, &below, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    std::fs::write(below.join("file"), "seen\n").unwrap();
+    let option = format!("type=bind,src={},dst=/data,options=rbind:rro", dir.path().display());
+    let said = run_script("rro", ["--mount", &option], "cat /data/below/file; touch /data/x /data/below/x");
+    umount2(&below, MntFlags::MNT_DETACH).unwrap();
+    assert_eq!(said.text(), "seen\n", "{}", said.stderr);
+    assert_eq!(said.stderr.matches("Read-only file system").count(), 2, "{}", said.stderr);
 }
 
 #[test]

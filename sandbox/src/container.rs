@@ -61,13 +61,20 @@ pub struct Process {
     container_id: String,
     /// Empty for the first process.
     exec_id: String,
+    pid: Option<u32>,
 }
 
 impl Process {
     /// The first process of a container that exists.
     #[must_use]
     pub fn init(agent: &Agent, container_id: &str) -> Self {
-        Self { agent: agent.clone(), container_id: container_id.to_owned(), exec_id: String::new() }
+        Self { agent: agent.clone(), container_id: container_id.to_owned(), exec_id: String::new(), pid: None }
+    }
+
+    /// Its number in the guest, where [`Process::create`] has answered this value.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.pid
     }
 
     /// Creates a container from `spec`, whose paths are the guest's. Its program does not run
@@ -93,8 +100,8 @@ impl Process {
             user: setup.user,
             ..Default::default()
         };
-        answer("CreateContainer", agent.container.create_container(long(), &request).await)?;
-        Ok((Self::init(agent, container_id), connections))
+        let created = answer("CreateContainer", agent.container.create_container(long(), &request).await)?;
+        Ok((Self { pid: Some(created.pid), ..Self::init(agent, container_id) }, connections))
     }
 
     /// Starts another process in a container, as the specification's user or, unless that is empty, as this one, whom the guest looks
@@ -121,7 +128,7 @@ impl Process {
             ..Default::default()
         };
         answer("ExecProcess", agent.container.exec_process(long(), &request).await)?;
-        let process = Self { agent: agent.clone(), container_id: container_id.to_owned(), exec_id: exec_id.to_owned() };
+        let process = Self { exec_id: exec_id.to_owned(), ..Self::init(agent, container_id) };
         Ok((process, connections))
     }
 

@@ -10,6 +10,7 @@ use fixture::containerd::{
     traces_of,
 };
 use fixture::cri::eventually;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -118,6 +119,20 @@ fn task_create_names_a_mount_source_that_vanished() {
         assert!(said.stderr.contains("/no/such/source"), "{runtime}: {}", said.stderr);
     }
     assert_nothing_left("nosource");
+}
+
+#[test]
+fn task_create_takes_a_mount_that_is_read_only_with_what_is_below_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let below = dir.path().join("below");
+    std::fs::create_dir(&below).unwrap();
+    mount(None::<&str>, &below, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    std::fs::write(below.join("file"), "seen\n").unwrap();
+    let option = format!("type=bind,src={},dst=/data,options=rbind:rro", dir.path().display());
+    let said = run_script("rro", ["--mount", &option], "cat /data/below/file; touch /data/x /data/below/x");
+    umount2(&below, MntFlags::MNT_DETACH).unwrap();
+    assert_eq!(said.text(), "seen\n", "{}", said.stderr);
+    assert_eq!(said.stderr.matches("Read-only file system").count(), 2, "{}", said.stderr);
 }
 
 #[test]

@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 
 use fixture::containerd::{BUSYBOX, RUNTIME, ctr, run_script};
-use fixture::cri::eventually;
+use fixture::cri::{Pod, eventually, handlers};
+
+/// In CRI: the node's.
+const OF_THE_NODE: i32 = 2;
 
 /// A drop-in, gone at the end.
 struct DropIn {
@@ -67,7 +70,8 @@ fn a_drop_in_changes_the_memory_of_pods_and_what_annotations_do() {
         "50-test.toml",
         "[guest]\ndefault_memory_mib = 256\n[pod]\nallowed_annotations = ['default_vcpus']",
     );
-    let changed = guest("changed", ["default_memory=1024", "default_vcpus=2", "kernel_params=nonsense"]);
+    let changed =
+        guest("changed", ["default_memory=1024", "default_vcpus=2", "kernel_params=nonsense", "of_no_meaning=1"]);
     let memory = changed.memory_mib;
     assert!((150..=256).contains(&memory), "{memory} MiB: the annotation was not to count");
     assert_eq!(changed.cpus, "2");
@@ -79,9 +83,33 @@ fn a_drop_in_changes_the_memory_of_pods_and_what_annotations_do() {
             log => Err(format!("{told:?} is not in {log}")),
         });
     }
+    let told = "hypervisor.of_no_meaning has no meaning here and is ignored";
+    assert_eq!(fixture::containerd::log().matches(told).count(), 1);
     drop(dropped);
     let memory = guest("back", ["default_memory=1024"]).memory_mib;
     assert!((900..=1024).contains(&memory), "{memory} MiB");
+}
+
+#[test]
+fn a_pod_that_wants_namespaces_of_the_node_has_its_own_where_that_is_to_be_ignored() {
+    let _dropped = DropIn::new("50-test.toml", "[pod]\nhost_namespaces = 'ignore'");
+    let pod = Pod::start(handlers()[0], |config| {
+        let options = config.security().namespace_options.mut_or_insert_default();
+        (options.pid, options.ipc) = (OF_THE_NODE, OF_THE_NODE);
+    });
+    let container = pod.run("main", "exec sleep 1000", |config| {
+        config.security().namespace_options.mut_or_insert_default().ipc = OF_THE_NODE;
+    });
+    let seen = container.exec("ps -o args | grep -c '^sleep 1000$'; ps -o comm | grep -c '^containerd$' || true");
+    assert_eq!(seen, "1\n0");
+    for name in ["processes (hostPID)", "System V IPC (hostIPC)"] {
+        let told = format!("the pod is not given the host's {name}, but its own");
+        eventually("the log has it", || match fixture::containerd::log() {
+            log if log.contains(&told) => Ok(()),
+            log => Err(format!("{told:?} is not in {log}")),
+        });
+    }
+    pod.end();
 }
 
 #[test]

@@ -14,6 +14,7 @@ mod close_stdin;
 mod create;
 mod exec;
 mod exit;
+mod nodes;
 mod oom;
 mod pause;
 mod pids;

@@ -12,7 +12,7 @@ use oci_spec::runtime::{
     Mount, Process, Spec,
 };
 
-use super::user;
+use super::{nodes, user};
 use crate::error::{Error, Result};
 use crate::streams::stdio::{Io, WindowSize};
 
@@ -76,6 +76,8 @@ pub(crate) fn adapt(json: &[u8], io: &Io, cgroup: &Path, user: &str) -> Result<A
     let resources = linux.resources().clone().unwrap_or_default();
     linux.set_resources(None);
     linux.set_cgroups_path(Some(cgroup.to_owned()));
+    let bound = nodes::bind(&mut linux, Path::new(nodes::NUMBERS))?;
+    spec.set_mounts(Some(spec.mounts().iter().flatten().cloned().chain(bound).collect()));
     spec.set_linux(Some(linux));
 
     let has = |hooks: Option<&Vec<oci_spec::runtime::Hook>>| hooks.is_some_and(|hooks| !hooks.is_empty());

@@ -31,9 +31,13 @@ use crate::error::{Error, Result, Step, with_reasons};
 /// The name under which the agent starts itself as a helper.
 pub(crate) const NAME: &str = "hull-container-helper";
 
-/// Open files that a container's process may have unless its specification says otherwise: the soft limit that
-/// programs expect, and a hard one that none runs into.
-const OPEN_FILES: Rlimit = Rlimit { current: Some(1024), maximum: Some(1 << 20) };
+/// What a container's process may have unless its specification says otherwise, as with containerd's service: of open files the soft limit
+/// that programs expect, and a hard one that none runs into; of processes as many as the guest and the container's cgroup allow. The
+/// kernel's own limit of these is half of what its memory allows, and counts a user's in all containers.
+const LIMITS: [(Resource, Rlimit); 2] = [
+    (Resource::Nofile, Rlimit { current: Some(1024), maximum: Some(1 << 20) }),
+    (Resource::Nproc, Rlimit { current: None, maximum: None }),
+];
 
 /// What a helper has made.
 #[derive(Debug)]
@@ -78,7 +82,9 @@ pub(crate) fn main() -> ExitCode {
     let errors = crate::log::start_collecting(crate::log::level_from_environment());
     let socket = std::io::stdin();
     let result = message::receive_request(&socket).and_then(|(request, descriptors)| {
-        setrlimit(Resource::Nofile, OPEN_FILES).step("set the limit of open files")?;
+        for (resource, limit) in LIMITS {
+            setrlimit(resource, limit).step_with(|| format!("set the limit {resource:?}"))?;
+        }
         umask(Mode::from_raw_mode(0o022));
         match request {
             Request::Create(request) => create::run(&request, descriptors),

@@ -33,11 +33,12 @@ const LATE: [Mount; 7] = [
         flags: MountFlags::NOSUID.union(MountFlags::NOEXEC),
         data: c"gid=5,mode=0620,ptmxmode=0666",
     },
+    // Of pods, as large as containerd makes it; containers of their own have one each.
     Mount {
         fstype: "tmpfs",
         target: "/dev/shm",
         flags: MountFlags::NOSUID.union(MountFlags::NODEV),
-        data: c"mode=1777",
+        data: c"mode=1777,size=64m",
     },
     Mount { fstype: "mqueue", target: "/dev/mqueue", flags: STRICT, data: c"" },
     Mount { fstype: "tmpfs", target: "/run", flags: MountFlags::NOSUID.union(MountFlags::NODEV), data: c"mode=0755" },

@@ -37,7 +37,8 @@ async fn identity_and_privileges() {
     assert_eq!(output.stdout, expected, "{}", output.stderr);
 
     // By default: no privileges named are none, the usual limits, no leaks of the agent's.
-    let script = "grep -E 'CapEff|NoNewPrivs' /proc/self/status; ulimit -n; cat /proc/self/oom_score_adj; umask; \
+    let script = "grep -E 'CapEff|NoNewPrivs' /proc/self/status; ulimit -n; ulimit -Hn; \
+                  awk '/^Max processes/ { print $3, $4 }' /proc/self/limits; cat /proc/self/oom_score_adj; umask; \
                   ls /proc/self/fd | tr '\\n' ' '; env | grep -v ^PATH | sort";
     let output = guest
         .run_changed("c", script, |spec| {
@@ -47,8 +48,8 @@ async fn identity_and_privileges() {
             spec["process"]["args"][0] = json!("/bin/sh");
         })
         .await;
-    let expected =
-        "CapEff:\t0000000000000000\nNoNewPrivs:\t0\n1024\n0\n0022\n0 1 2 3 A=1\nB=x=y\nHOME=/root\nPWD=/\nSHLVL=1\n";
+    let expected = "CapEff:\t0000000000000000\nNoNewPrivs:\t0\n1024\n1048576\nunlimited unlimited\n0\n0022\n0 1 2 3 A=1\nB=x=y\n\
+        HOME=/root\nPWD=/\nSHLVL=1\n";
     assert_eq!(output.stdout, expected, "{}", output.stderr);
 
     // Inheritable and ambient capabilities pass to a user's programs.
@@ -227,11 +228,13 @@ async fn paths_and_mounts() {
 async fn devices() {
     let guest = guest!();
     let script = "ls /dev | tr '\\n' ' '; echo; head -c 4 /dev/zero | wc -c; echo > /dev/null; echo > /dev/full; \
-                  stat -c '%a %u %t:%T' /dev/own; mknod /dev/x c 10 229 && cat /dev/x; head -c1 /dev/own | wc -c";
+                  stat -c '%a %u %t:%T' /dev/own; mknod /dev/x c 10 229 && cat /dev/x; head -c1 /dev/own | wc -c; \
+                  head -c2 /device/zero | wc -c";
     let output = guest
         .run_changed("c", script, |spec| {
             spec["linux"]["devices"] = json!([
-                { "path": "/dev/own", "type": "c", "major": 1, "minor": 5, "fileMode": 0o640, "uid": 33, "gid": 33 }]);
+                { "path": "/dev/own", "type": "c", "major": 1, "minor": 5, "fileMode": 0o640, "uid": 33, "gid": 33 },
+                { "path": "/device/zero", "type": "c", "major": 1, "minor": 5 }]);
             spec["linux"]["resources"] = json!({ "devices": [{ "allow": false, "access": "rwm" }] });
         })
         .await;
@@ -242,7 +245,7 @@ async fn devices() {
             .replace("core fd", "fd")
             .replace("full null", "full kcore null")
     );
-    assert_eq!(lines[1..], ["4", "640 33 1:5", "1"], "{output:?}");
+    assert_eq!(lines[1..], ["4", "640 33 1:5", "1", "2"], "{output:?}");
     assert!(output.stderr.contains("No space left on device"), "{output:?}");
     assert!(output.stderr.contains("can't open '/dev/x': Operation not permitted"), "{output:?}");
 

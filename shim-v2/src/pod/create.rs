@@ -18,12 +18,12 @@ use hull_sandbox::share::{RootSource, Share};
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 
-use super::{Container, Pod, cpus, memory};
+use super::{Container, Pod, State, cpus, memory};
 use crate::annotations::{self, Limits, Role};
 use crate::error::{Error, Result};
 use crate::live::{Followers, LiveVolume};
 use crate::memory::MemoryVolumes;
-use crate::process::{Body, Exit, Process};
+use crate::process::{Body, Exit, Phase, Process};
 use crate::rootfs;
 use crate::spec::{self, PodFile, user_namespace};
 use crate::streams::{Ends, Pumps, Stdio};
@@ -56,6 +56,7 @@ impl Pod {
         let cpu_limit = resources.and_then(|resources| cpus::limit(resources).ok()).flatten();
         let memory_limit = resources.and_then(memory::limit).flatten();
         let oom_score_adj = spec.process().as_ref().and_then(|process| process.oom_score_adj());
+        let owns_processes = spec::owns_processes(&spec) == Some(true);
         let role = annotations::role(&spec.annotations().clone().unwrap_or_default())?;
         if self.lock().containers.contains_key(&request.id) {
             return Err(Error::Exists(format!("there is a container {} already", request.id)));
@@ -92,6 +93,7 @@ impl Pod {
             cpu_limit,
             memory_limit,
             oom_score_adj,
+            owns_processes,
             _followers: followers,
             execs: Default::default(),
         };
@@ -189,10 +191,16 @@ impl Pod {
     /// Creates a container in the pod's VM.
     async fn create_member(&self, request: &Create, spec: Spec, ends: Ends) -> Result<(Arc<Process>, Followers)> {
         let vm = self.vm()?;
+        let joined = if spec::owns_processes(&spec) == Some(false) { self.lock().target() } else { None };
         let plan = Plan::new(request, self.memory_volumes.clone(), self.files());
         let prepared = vm.with_share(move |share| plan.prepare(share, spec)).await?;
         let created = match prepared {
-            Ok(prepared) => launch(&vm, request, prepared, ends).await,
+            Ok(mut prepared) => {
+                if let Some(pid) = joined {
+                    spec::join_processes(&mut prepared.spec, pid);
+                }
+                launch(&vm, request, prepared, ends).await
+            }
             Err(error) => Err(error),
         };
         if created.is_err() {
@@ -237,6 +245,26 @@ impl Pod {
             };
             pod.ended(&process, exit).await;
         });
+    }
+}
+
+impl State {
+    /// The process, by its number in the guest, of the container whose processes one joins that is to be in a namespace which is there;
+    /// none where it is to be in the guest's, as all containers of a pod that shares its processes.
+    ///
+    /// containerd names a container of the pod (`kubectl debug --target`) by the process on the host, and all have the same. In a
+    /// pod that does not share its processes it must be one that has a namespace of its own, and where that is one alone it is known.
+    fn target(&self) -> Option<u32> {
+        let running = self.containers.values().filter(|container| {
+            container.owns_processes && matches!(container.init.phase(), Phase::Running | Phase::Paused)
+        });
+        let pids: Vec<u32> = running.filter_map(|container| container.init.guest().ok()?.pid()).collect();
+        if pids.len() > 1 {
+            tracing::warn!(
+                "the container is to see another one's processes, and it is not told whose: it sees the pod's"
+            );
+        }
+        <[u32; 1]>::try_from(pids).ok().map(|[pid]| pid)
     }
 }
 

@@ -85,6 +85,8 @@ struct Container {
     memory_limit: memory::Limit,
     /// How readily the kernel ends it where memory is short, as the kubelet ranks it.
     oom_score_adj: Option<i32>,
+    /// Whether its processes are in a namespace of its own.
+    owns_processes: bool,
     /// Keeps its volumes up to date, until it is dropped.
     _followers: Followers,
     execs: HashMap<String, Arc<Process>>,

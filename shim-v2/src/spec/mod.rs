@@ -55,6 +55,20 @@ pub(crate) fn has_user_namespace(spec: &Spec) -> bool {
     namespace(spec, LinuxNamespaceType::User).is_some()
 }
 
+/// Whether a container's processes are in a namespace of its own, or in one that is there.
+pub(crate) fn owns_processes(spec: &Spec) -> Option<bool> {
+    namespace(spec, LinuxNamespaceType::Pid).map(|namespace| namespace.path().is_none())
+}
+
+/// Has a container's processes be in the PID namespace of the guest's process `pid`.
+pub(crate) fn join_processes(spec: &mut Spec, pid: u32) {
+    let mut namespace = LinuxNamespace::default();
+    namespace.set_typ(LinuxNamespaceType::Pid).set_path(Some(format!("/proc/{pid}/ns/pid").into()));
+    if let Some(linux) = spec.linux_mut() {
+        linux.namespaces_mut().get_or_insert_default().push(namespace);
+    }
+}
+
 /// Sysctls, by name with dots.
 pub(crate) fn sysctls(spec: &Spec) -> HashMap<String, String> {
     let sysctls = spec.linux().as_ref().and_then(|linux| linux.sysctl().as_ref());
@@ -246,6 +260,20 @@ mod tests {
         let mut spec = host_spec();
         spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({ "type": "user" }));
         assert_eq!(translated(&spec).unwrap()["linux"]["namespaces"][2], json!({ "type": "user" }));
+    }
+
+    #[test]
+    fn processes_are_a_containers_own_or_anothers_of_the_guest() {
+        let mut spec = host_spec();
+        let parse = |spec: &Value| serde_json::from_value::<Spec>(spec.clone()).unwrap();
+        assert_eq!(owns_processes(&parse(&spec)), Some(true));
+        spec["linux"]["namespaces"][1]["path"] = json!("/proc/7/ns/pid");
+        assert_eq!(owns_processes(&parse(&spec)), Some(false));
+        let mut guest: Spec = serde_json::from_value(translated(&spec).unwrap()).unwrap();
+        assert_eq!(owns_processes(&guest), None);
+        join_processes(&mut guest, 42);
+        let expected = json!([{ "type": "mount" }, { "type": "pid", "path": "/proc/42/ns/pid" }]);
+        assert_eq!(serde_json::to_value(guest).unwrap()["linux"]["namespaces"], expected);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Where a container's mounts come from in the guest.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use hull_sandbox::share::Volume;
@@ -37,6 +38,12 @@ pub(super) fn share_memory(mounts: &mut [Mount]) {
     }
 }
 
+/// Whether a file system of the node's is the one that a runtime makes for the shared memory of a pod. What else is mounted there is a volume.
+fn is_shared_memory(source: &Path) -> bool {
+    let is_the_kubelets = |part: &OsStr| part.to_str().is_some_and(|part| part.starts_with("kubernetes.io~"));
+    source.ends_with("shm") && !source.iter().any(is_the_kubelets)
+}
+
 /// Gives every mount whose source is on the host one in the guest.
 pub(super) fn translate(mounts: &mut [Mount], place: &mut impl FnMut(&Placed) -> Result<String>) -> Result<()> {
     for (index, mount) in mounts.iter_mut().enumerate() {
@@ -56,8 +63,8 @@ pub(super) fn translate(mounts: &mut [Mount], place: &mut impl FnMut(&Placed) ->
                 source.display()
             )));
         }
-        if mount.destination() == Path::new(SHARED_MEMORY) {
-            // The pod's, and what shares it is in the guest.
+        if mount.destination() == Path::new(SHARED_MEMORY) && is_shared_memory(&source) {
+            // What shares it is in the guest.
             mount.set_source(Some(SHARED_MEMORY.into()));
             continue;
         }
@@ -104,6 +111,15 @@ mod tests {
         ]);
         let expected = ["proc", "/share/1/ro", "/share/2", "/dev/shm", "/sys/fs", "/share/5/private", "/share/6/ro"];
         assert_eq!(sources(&mounts), expected);
+    }
+
+    #[test]
+    fn a_volume_in_the_place_of_shared_memory_is_a_volume() {
+        for source in ["/k/pods/u/volumes/kubernetes.io~empty-dir/shm", "/srv", "/k/pods/u/volume-subpaths/shm/main/0"]
+        {
+            let mounts = json!([{ "destination": "/dev/shm", "type": "bind", "source": source, "options": ["rbind"] }]);
+            assert_eq!(sources(&mounts), ["/share/0"], "{source}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use fixture::cri::api::{ContainerConfig, Device};
-use fixture::cri::{Container, Pod, eventually, handler_and_runc};
+use fixture::cri::{Container, Pod, eventually, handler_and_runc, is_hull};
 use fixture::netns::host;
 
 /// A disk of the node's; gone when dropped.
@@ -92,6 +92,7 @@ fn a_block_device_is_a_disk_of_the_guests_at_the_path_asked_for() {
         let again = pod.run("again", "sleep 1000", |config| device(config, &disk.node, "/dev/data", "mr"));
         assert_eq!(again.exec("dd if=/dev/data bs=8 skip=512 count=1 2>/dev/null"), "inside02", "{handler}");
         one_that_comes_later_may_write(handler, &pod, &disk, &again);
+        character_devices_are_where_they_are_asked_for(handler, &pod);
         pod.end();
     }
 }
@@ -111,24 +112,41 @@ fn one_that_comes_later_may_write(handler: &str, pod: &Pod, disk: &Loop, reader:
     assert_eq!(late.exec("dd if=/dev/data bs=8 skip=512 count=1 2>/dev/null"), "inside03", "{handler}");
 }
 
+fn character_devices_are_where_they_are_asked_for(handler: &str, pod: &Pod) {
+    let container = pod.run("characters", "sleep 1000", |config| {
+        device(config, "/dev/net/tun", "/device/of/tun", "rwm");
+        device(config, "/dev/fuse", "/dev/fuse", "r");
+    });
+    let script = "test -c /device/of/tun && (: <>/device/of/tun) && (: </dev/fuse) && stat -c '%t:%T' /device/of/tun";
+    assert_eq!(container.exec(script), "a:c8", "{handler}");
+    let refused = container.try_exec(": >/dev/fuse", 0).unwrap();
+    assert!(refused.code != 0 && refused.stderr.contains("not permitted"), "{handler}: {refused:?}");
+}
+
 #[test]
 fn a_block_device_that_is_read_only_stays_so_whatever_the_container_may() {
     for handler in handler_and_runc() {
         let disk = Loop::with("--read-only");
         let pod = Pod::start(handler, |config| {
-            config.linux.mut_or_insert_default().security_context.mut_or_insert_default().privileged = true;
+            config.security().privileged = true;
         });
-        for (name, privileged, permissions) in
-            [("plain", false, "mrw"), ("privileged", true, "mrw"), ("reader", true, "mr")]
+        // At the node's own path too, which for one that is privileged all of the node's devices are at.
+        let same = disk.node.as_str();
+        for (name, privileged, permissions, path) in
+            [("plain", false, "mrw", same), ("privileged", true, "mrw", same), ("reader", true, "mr", "/dev/data")]
         {
             let container = pod.run(name, "sleep 1000", |config| {
-                config.linux.mut_or_insert_default().security_context.mut_or_insert_default().privileged = privileged;
-                device(config, &disk.node, "/dev/data", permissions);
+                config.security().privileged = privileged;
+                device(config, &disk.node, path, permissions);
+                device(config, "/dev/fuse", "/dev/fuse", "rwm");
             });
-            assert_eq!(container.exec("head -c 4194304 /dev/data | wc -c"), "4194304", "{handler}: {name}");
+            assert_eq!(container.exec(&format!("head -c 4194304 {path} | wc -c")), "4194304", "{handler}: {name}");
+            if is_hull(handler) {
+                assert_eq!(container.exec("find /dev -type b"), path, "{name}: of the node's it has this one alone");
+            }
             // What a privileged container can do to have its way.
-            let script = "blockdev --setrw /dev/data 2>/dev/null; printf inside | dd of=/dev/data conv=fsync";
-            let refused = container.try_exec(script, 0).unwrap();
+            let script = format!("blockdev --setrw {path} 2>/dev/null; printf inside | dd of={path} conv=fsync");
+            let refused = container.try_exec(&script, 0).unwrap();
             assert!(
                 ["not permitted", "Read-only", "denied"].iter().any(|word| refused.stderr.contains(word)),
                 "{handler}: {name}: {refused:?}"

@@ -6,8 +6,9 @@ use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::process::Command;
 
+use fixture::containerd::{log, run_script};
 use fixture::cri::api::{ContainerConfig, SecurityProfile};
-use fixture::cri::{Pod, handler_and_runc};
+use fixture::cri::{Pod, eventually, handler_and_runc};
 use fixture::netns::host;
 
 use super::all_alike;
@@ -42,10 +43,11 @@ fn a_container_has_the_rights_that_its_pod_names_and_no_others() {
         .map(|handler| {
             println!("with {handler}");
             let pod = Pod::start(handler, |config| {
+                config.security().privileged = true;
                 config.security().supplemental_groups = vec![3456];
                 config.security().seccomp = Some(SecurityProfile::runtime_default()).into();
             });
-            let seen = [confined(&pod), somebody(&pod), filtered(&pod), free(&pod)].join("\n");
+            let seen = [confined(&pod), somebody(&pod), filtered(&pod), free(&pod), privileged(&pod)].join("\n");
             println!("{seen}");
             pod.end();
             seen
@@ -57,6 +59,7 @@ fn a_container_has_the_rights_that_its_pod_names_and_no_others() {
         "touch: /file: Read-only file system",
         "mkdir: can't create directory '/new': Operation not supported",
         "unshared\nanswered\nechoed",
+        "\nrw\nrw\n0\nwritten\nmounted\n",
     ] {
         assert!(seen[0].contains(told), "{told:?} is not in {}", seen[0]);
     }
@@ -67,7 +70,7 @@ fn a_container_has_the_rights_that_its_pod_names_and_no_others() {
 fn confined(pod: &Pod) -> String {
     // Each is in every guest and on every node.
     let script = "wc -c </proc/version; ls /sys/kernel | wc -l; echo 1 >/proc/sys/vm/overcommit_memory; touch /etc/new; \
-                  unshare -U true; mkdir /new && echo made";
+                  unshare -U true; mkdir /new && echo made; grep 'open files' /proc/self/limits";
     rights(pod, "confined", script, |config| {
         let security = config.security();
         security.seccomp = Some(SecurityProfile::runtime_default()).into();
@@ -75,6 +78,21 @@ fn confined(pod: &Pod) -> String {
         security.readonly_paths = ["/proc/sys", "/etc"].map(str::to_owned).into();
         security.capabilities.mut_or_insert_default().drop_capabilities = vec!["CHOWN".into()];
         security.capabilities.mut_or_insert_default().add_capabilities = vec!["NET_ADMIN".into()];
+    })
+}
+
+/// Nothing is kept from it: file systems of the kernel can be written to, none of their files is masked, and it mounts what it likes.
+fn privileged(pod: &Pod) -> String {
+    // Of a mount by itself: with runc the file system behind it is the network namespace's, and as whoever mounted that first wanted it.
+    let script =
+        "for at in /sys /sys/fs/cgroup; do awk -v at=$at '$5 == at { print substr($6, 1, 2) }' /proc/self/mountinfo; done
+        awk '$2 ~ \"^/proc/\" || $2 ~ \"^/sys/firmware\"' /proc/mounts | wc -l
+        value=$(cat /proc/sys/vm/overcommit_memory); echo $value >/proc/sys/vm/overcommit_memory && echo written
+        mkdir /here && mount -t tmpfs none /here && echo mounted
+        ls -l /dev/null /dev/fuse | awk '{ print $1, $3, $5, $6 }'";
+    rights(pod, "privileged", script, |config| {
+        config.security().privileged = true;
+        config.security().seccomp = Some(SecurityProfile::runtime_default()).into();
     })
 }
 
@@ -161,8 +179,14 @@ impl Drop for Vlan {
 }
 
 #[test]
-fn a_label_of_apparmor_is_accepted() {
+fn a_label_of_apparmor_is_accepted_and_the_log_says_that_it_is_not_applied() {
     // By ctr, for containerd keeps labels from runtimes on a node whose kernel does not have AppArmor, as the lab's.
-    let said = fixture::containerd::run_script("labelled", ["--apparmor-profile", "of-the-node"], "echo runs");
+    let told = || log().matches("the AppArmor label is not applied in the guest").count();
+    let before = told();
+    let said = run_script("labelled", ["--apparmor-profile", "of-the-node"], "echo runs");
     assert_eq!(said.text().trim(), "runs", "{}", said.stderr);
+    eventually("the log has it", || match told() - before {
+        1 => Ok(()),
+        count => Err(format!("{count} times")),
+    });
 }

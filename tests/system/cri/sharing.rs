@@ -13,6 +13,8 @@ use super::all_alike;
 
 /// In CRI: processes of all containers of the pod are in one namespace.
 const OF_THE_POD: i32 = 0;
+/// They are in that of another container.
+const OF_ANOTHER: i32 = 3;
 /// Mounts go from the node to the container, and both ways.
 const HOST_TO_CONTAINER: i32 = 1;
 const BIDIRECTIONAL: i32 = 2;
@@ -53,11 +55,24 @@ fn containers_of_a_pod_share_all_but_processes_and_files() {
                 config.mount(&log, "/dev/termination-log", false);
             };
             let first = sleeper(&pod, "first", 1001, give);
+            let debugger = sleeper(&pod, "debugger", 1003, |config| debug(config, &first));
+            assert_eq!(debugger.exec("tr '\\0' ' ' </proc/1/cmdline"), "sleep 1001", "{handler}");
+            assert_eq!((sees(&debugger, 1003), sees(&first, 1003)), ("1".into(), "1".into()), "{handler}");
             let second = sleeper(&pod, "second", 1002, give);
             each_has_its_own_processes(handler, [&first, &second]);
+            if is_hull(handler) {
+                // Which of the two it is for cannot be told.
+                let debugger = sleeper(&pod, "for-one-of-two", 1004, |config| debug(config, &second));
+                assert_eq!((sees(&debugger, 1001), sees(&debugger, 1002)), ("1".into(), "1".into()));
+            }
             memory_names_and_sockets_are_the_pods(handler, &pod, &volume, [&first, &second]);
             files_of_the_kubelets_are_theirs(handler, &second, &hosts, &log);
             assert_eq!(second.exec("cat /etc/hostname"), "the-pod", "{handler}");
+            if is_hull(handler) {
+                // With runc it is the limit of the node's containerd.
+                let processes = second.exec("sed -n 's/^Max processes *//p' /proc/self/limits");
+                assert!(processes.starts_with("unlimited "), "{processes}");
+            }
             let seen = second.exec("cat /etc/resolv.conf");
             what_ignores_the_signal_is_killed_after_its_grace(handler, &second);
             pod.end();
@@ -69,6 +84,12 @@ fn containers_of_a_pod_share_all_but_processes_and_files() {
         "search tests.svc.cluster.local cluster.local\nnameserver 192.0.2.53\nnameserver 192.0.2.54\noptions ndots:5"
     );
     all_alike(&seen);
+}
+
+/// As `kubectl debug --target` asks for it.
+fn debug(config: &mut ContainerConfig, target: &Container) {
+    let options = config.security().namespace_options.mut_or_insert_default();
+    (options.pid, options.target_id) = (OF_ANOTHER, target.id.clone());
 }
 
 fn each_has_its_own_processes(handler: &str, [first, second]: [&Container; 2]) {
@@ -87,10 +108,17 @@ fn memory_names_and_sockets_are_the_pods(handler: &str, pod: &Pod, volume: &Path
     assert_eq!(first.exec("hostname"), "the-pod", "{handler}");
     first.exec("echo by memory >/dev/shm/file");
     assert_eq!(second.exec("cat /dev/shm/file"), "by memory", "{handler}");
+    let kib = "df -k /dev/shm | awk 'END { print $2 }'";
+    assert_eq!(first.exec(kib), "65536", "{handler}");
 
     // Of the small image's programs these two speak by a UNIX socket, which is in the volume.
+    let memory = pod.memory_volume("memory", "4m");
     let listen = "ln -s /shared/socket /dev/log; exec syslogd -n -O -";
-    let listener = pod.run("listener", listen, |config| config.mount(volume, "/shared", false));
+    let listener = pod.run("listener", listen, |config| {
+        config.mount(volume, "/shared", false);
+        config.mount(&memory, "/dev/shm", false);
+    });
+    assert_eq!(listener.exec(kib), "4096", "{handler}: a volume takes the place of the pod's");
     eventually("the socket is there", || match first.try_exec("test -S /shared/socket", 0).unwrap().code {
         0 => Ok(()),
         code => Err(format!("{handler}: {code}")),

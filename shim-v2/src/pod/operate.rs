@@ -149,7 +149,7 @@ impl Pod {
         }
     }
 
-    /// Ends a process's input after what has been written to it by now.
+    /// Ends a process's input, once its clients have closed it too; of one that has not been started, from its start.
     ///
     /// # Errors
     ///

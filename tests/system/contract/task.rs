@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{Read, Write};
 
 use containerd_shim_protos::api::{
-    CheckpointTaskRequest, CloseIORequest, ConnectRequest, PauseRequest, PidsRequest, ResizePtyRequest, ResumeRequest,
-    ShutdownRequest, StatsRequest, UpdateTaskRequest,
+    CheckpointTaskRequest, ConnectRequest, PauseRequest, PidsRequest, ResizePtyRequest, ResumeRequest, ShutdownRequest,
+    StatsRequest, UpdateTaskRequest,
 };
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim::oci::ProcessDetails;
@@ -374,15 +374,21 @@ fn task_close_io_ends_the_input_of_an_exec() {
         let request = ExecProcessRequest { stdin: stdin.clone(), stdout, ..exec("close", "reader", "cat; exit 5") };
         shim.tasks().exec(patience(), &request).await.unwrap();
         shim.start_task("close", "reader").await.unwrap();
-        // It stays open, as containerd's does: only the request tells of the end.
+        // A client closes its own end before it asks, or afterwards, as `ctr` does: with runc's shim the end is the later of the two.
         let mut writer = File::options().write(true).open(stdin).unwrap();
-        writer.write_all(b"last words").unwrap();
-        let close = CloseIORequest { id: "close".into(), exec_id: "reader".into(), stdin: true, ..Default::default() };
-        shim.tasks().close_io(patience(), &close).await.unwrap();
+        writer.write_all(b"last ").unwrap();
+        shim.close_input("close", "reader").await;
+        writer.write_all(b"words").unwrap();
+        drop(writer);
         assert_eq!(shim.wait_task("close", "reader").await, 5);
         shim.delete_task("close", "reader").await.unwrap();
         assert_eq!(std::fs::read_to_string(&out).unwrap(), "last words");
-        drop(writer);
+
+        // A client with nothing to write asks as soon as there is an exec.
+        shim.tasks().exec(patience(), &request).await.unwrap();
+        shim.close_input("close", "reader").await;
+        shim.start_task("close", "reader").await.unwrap();
+        assert_eq!(shim.wait_task("close", "reader").await, 5);
         shim.remove_task("close").await;
     });
 }

@@ -10,7 +10,7 @@ mod service;
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -145,7 +145,7 @@ impl Sink {
             None if target.is_empty() => return Ok(Self::Nowhere),
             None => open_fifo(target),
             Some(("fifo", path)) => open_fifo(path),
-            Some(("file", path)) => open_log(Path::new(path)).map(Self::File),
+            Some(("file", path)) => open_log(path),
             Some((scheme, _)) => {
                 return Err(Error::Unsupported(format!(
                     "streams to {scheme}:// are not supported; use a FIFO, file://, binary://, binary-v2:// or streaming"
@@ -169,11 +169,15 @@ impl Sink {
 }
 
 /// Its directories are made too, as by runc's shim.
-fn open_log(path: &Path) -> std::io::Result<File> {
-    if let Some(parent) = path.parent() {
+fn open_log(path: &str) -> std::io::Result<Sink> {
+    if let Some(parent) = Path::new(path).parent() {
         std::fs::create_dir_all(parent)?;
     }
-    File::options().append(true).create(true).open(path)
+    // As a file, a FIFO would be waited for until it has a reader.
+    if std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo()) {
+        return open_fifo(path);
+    }
+    File::options().append(true).create(true).open(path).map(Sink::File)
 }
 
 fn open_fifo(path: &str) -> std::io::Result<Sink> {

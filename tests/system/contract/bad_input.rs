@@ -267,7 +267,9 @@ fn streams_fifo_that_nobody_reads_holds_nothing_up_but_its_process() {
         shim.delete_task("one", "").await.unwrap();
 
         let missing = CreateTaskRequest { stdout: "/no/such/fifo".into(), ..create("one", &bundle) };
-        assert!(refused(tasks.create(patience(), &missing).await).1.contains("/no/such/fifo"));
+        let (code, message) = refused(tasks.create(patience(), &missing).await);
+        assert_eq!(code, Code::FAILED_PRECONDITION, "{message}");
+        assert!(message.contains("/no/such/fifo"), "{message}");
         shim.end().await;
     });
 }
@@ -281,11 +283,12 @@ fn streams_fifo_that_nobody_ever_opens_holds_nothing_up() {
             nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
             path.to_str().unwrap().to_owned()
         });
-        // With nothing written and with something, and with an input that never comes.
-        for (number, script) in ["", "echo out; echo err >&2;"].into_iter().enumerate() {
+        // With nothing written and with something, also where what is said to be a file is a FIFO; and with an input that never comes.
+        let written = "echo out; echo err >&2;";
+        for (number, (script, scheme)) in [("", ""), (written, ""), (written, "file://")].into_iter().enumerate() {
             let script = format!("{script} echo >/told.{number}; exec cat");
             let bundle = shim.bundle("unopened", &["/bin/sh", "-c", &script]);
-            let (stdin, stdout, stderr) = (stdin.clone(), stdout.clone(), stderr.clone());
+            let (stdin, stdout, stderr) = (stdin.clone(), format!("{scheme}{stdout}"), format!("{scheme}{stderr}"));
             let request = CreateTaskRequest { stdin, stdout, stderr, ..create("unopened", &bundle) };
             shim.tasks().create(patience(), &request).await.unwrap();
             shim.start_task("unopened", "").await.unwrap();

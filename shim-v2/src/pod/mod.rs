@@ -246,3 +246,62 @@ impl State {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::process::{Body, Exit};
+    use crate::streams::Stdio;
+
+    const EXIT: Exit = Exit { code: 3, at: SystemTime::UNIX_EPOCH };
+
+    /// A pod without a VM; its one container, and an exec of that which has not been started.
+    fn pod() -> (Arc<Pod>, Arc<Process>, Arc<Process>) {
+        let publisher = Publisher::start("/nobody/listens/here", "tests");
+        let pod = Pod::new("p", "tests", Host::discover().unwrap(), Settings::default(), publisher);
+        let init = Arc::new(Process::new("c", "", Stdio::default(), Body::Nothing));
+        let exec = Arc::new(Process::new("c", "e", Stdio::default(), Body::Planned(Box::default())));
+        let container = Container {
+            bundle: String::new(),
+            init: init.clone(),
+            cpu_limit: None,
+            _followers: Followers::default(),
+            execs: HashMap::from([("e".to_owned(), exec.clone())]),
+        };
+        pod.lock().containers.insert("c".into(), container);
+        (pod, init, exec)
+    }
+
+    #[tokio::test]
+    async fn a_containers_end_is_told_after_the_start_of_an_exec_that_is_under_way() {
+        let (pod, init, exec) = pod();
+        let telling = exec.telling.lock().await;
+        let mut ended = pin!(pod.ended(&init, EXIT));
+        tokio::select! {
+            biased;
+            () = &mut ended => panic!("it was told before"),
+            () = std::future::ready(()) => assert_eq!(init.exit(), None),
+        }
+        drop(telling);
+        ended.await;
+        assert_eq!(init.exit(), Some(EXIT));
+    }
+
+    #[tokio::test]
+    async fn a_pause_is_told_when_nobody_else_tells_of_the_container() {
+        let (pod, init, _) = pod();
+        let telling = init.telling.lock().await;
+        let mut paused = pin!(pod.set_paused("c", true));
+        tokio::select! {
+            biased;
+            paused = &mut paused => panic!("it was not waited: {paused:?}"),
+            () = std::future::ready(()) => {}
+        }
+        drop(telling);
+        // There is nothing in this one to pause.
+        paused.await.unwrap_err();
+    }
+}

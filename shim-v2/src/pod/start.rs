@@ -86,9 +86,13 @@ impl Pod {
                 None => Vec::new(),
             };
             for exec in execs {
-                // One that was never started has no end to wait for.
+                // One that is being started may have an end too.
+                drop(exec.telling.lock().await);
+                // One that was never started has none to wait for.
                 if exec.guest().is_ok() {
                     exec.wait().await;
+                    // Until it has been told.
+                    drop(exec.telling.lock().await);
                 }
             }
         }

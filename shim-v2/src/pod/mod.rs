@@ -33,7 +33,7 @@ use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::live::Followers;
 use crate::memory::MemoryVolumes;
-use crate::process::Process;
+use crate::process::{Exit, Phase, Process};
 use crate::streams::Streaming;
 use crate::vm::Vm;
 
@@ -83,6 +83,15 @@ struct Container {
     /// Keeps its volumes up to date, until it is dropped.
     _followers: Followers,
     execs: HashMap<String, Arc<Process>>,
+}
+
+impl Drop for Container {
+    /// Ends what has not been started and now never will be: somebody may wait for it.
+    fn drop(&mut self) {
+        for exec in self.execs.values().filter(|exec| exec.phase() == Phase::Created) {
+            exec.set_phase(Phase::Stopped(Exit::killed()));
+        }
+    }
 }
 
 impl Pod {
@@ -253,7 +262,7 @@ mod tests {
     use std::time::SystemTime;
 
     use super::*;
-    use crate::process::{Body, Exit};
+    use crate::process::Body;
     use crate::streams::Stdio;
 
     const EXIT: Exit = Exit { code: 3, at: SystemTime::UNIX_EPOCH };
@@ -303,5 +312,14 @@ mod tests {
         drop(telling);
         // There is nothing in this one to pause.
         paused.await.unwrap_err();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_exec_that_was_never_started_ends_with_its_container() {
+        let (pod, _, exec) = pod();
+        let ended = tokio::time::timeout(Duration::from_secs(60), exec.wait());
+        let (ended, deleted) = tokio::join!(ended, pod.delete("c", ""));
+        deleted.unwrap();
+        assert_eq!(ended.unwrap().code, 137);
     }
 }

@@ -118,11 +118,20 @@ fn task_start_is_for_init_or_an_exec_once_and_while_init_runs() {
         assert_eq!(shim.start_task("start", "in-time").await.unwrap(), vmm);
         assert_eq!(refused(shim.start_task("start", "unknown").await).0, Code::NOT_FOUND);
         shim.tasks().exec(patience(), &exec("start", "late", SLEEP)).await.unwrap();
+        let mut waiting = Box::pin(shim.wait_task("start", "late"));
         shim.kill("start", "", Signal::SIGKILL).await.unwrap();
         shim.wait_task("start", "").await;
-        let (code, message) = refused(shim.start_task("start", "late").await);
-        assert_eq!(code, Code::FAILED_PRECONDITION, "{message}");
+        tokio::select! {
+            biased;
+            exit = &mut waiting => panic!("it was never started, and {exit} was answered"),
+            started = shim.start_task("start", "late") => {
+                let (code, message) = refused(started);
+                assert_eq!(code, Code::FAILED_PRECONDITION, "{message}");
+            }
+        }
         shim.remove_task("start").await;
+        // With its container it is gone for good.
+        assert_eq!(waiting.await, 137);
     });
 }
 

@@ -9,7 +9,7 @@
 //! holds `telling` over both, so that no end is told before the start.
 
 use std::sync::atomic::AtomicBool;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use hull_protocol::agent::ExitStatus;
@@ -65,6 +65,14 @@ pub(crate) enum Body {
     Planned(Box<oci_spec::runtime::Process>),
 }
 
+/// What carries its streams, once they are carried.
+#[derive(Debug, Default)]
+struct Carrying {
+    pumps: Option<Pumps>,
+    /// Whether its input is to end: that may be said before it is started.
+    is_input_closed: bool,
+}
+
 #[derive(Debug)]
 pub(crate) struct Process {
     pub(crate) container_id: String,
@@ -73,7 +81,7 @@ pub(crate) struct Process {
     pub(crate) stdio: Stdio,
     phase: watch::Sender<Phase>,
     body: Mutex<Body>,
-    pumps: Mutex<Option<Pumps>>,
+    carrying: Mutex<Carrying>,
     pub(crate) telling: tokio::sync::Mutex<()>,
     /// Whether it has been told that its container ran out of memory.
     pub(crate) told_oom: AtomicBool,
@@ -87,7 +95,7 @@ impl Process {
             stdio,
             phase: watch::Sender::new(Phase::Created),
             body: Mutex::new(body),
-            pumps: Mutex::default(),
+            carrying: Mutex::default(),
             telling: tokio::sync::Mutex::default(),
             told_oom: AtomicBool::default(),
         }
@@ -166,30 +174,47 @@ impl Process {
     /// Puts the guest's process behind this one.
     pub(crate) fn set_guest(&self, process: GuestProcess, pumps: Pumps) {
         *self.body.lock().unwrap_or_else(PoisonError::into_inner) = Body::Guest(process);
-        *self.lock_pumps() = Some(pumps);
+        self.set_pumps(pumps);
     }
 
+    fn set_pumps(&self, pumps: Pumps) {
+        let mut carrying = self.lock_carrying();
+        if carrying.is_input_closed {
+            pumps.close_input();
+        }
+        carrying.pumps = Some(pumps);
+    }
+
+    /// Ends its input once its clients have closed it too.
     pub(crate) fn close_input(&self) {
-        if let Some(pumps) = &*self.lock_pumps() {
+        let mut carrying = self.lock_carrying();
+        carrying.is_input_closed = true;
+        if let Some(pumps) = &carrying.pumps {
             pumps.close_input();
         }
     }
 
     /// Waits until all output has been carried, and closes the streams.
     pub(crate) async fn finish_streams(&self) {
-        let pumps = self.lock_pumps().take();
+        let pumps = self.lock_carrying().pumps.take();
         if let Some(pumps) = pumps {
             pumps.finish().await;
         }
     }
 
-    fn lock_pumps(&self) -> std::sync::MutexGuard<'_, Option<Pumps>> {
-        self.pumps.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_carrying(&self) -> MutexGuard<'_, Carrying> {
+        self.carrying.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    use hull_sandbox::container::Connections;
+    use tokio::io::AsyncReadExt as _;
+
     use super::*;
 
     #[tokio::test]
@@ -208,5 +233,22 @@ mod tests {
         let exit = Exit::of_guest(&status);
         assert_eq!(exit.code, 255);
         assert!(exit.at <= SystemTime::now());
+    }
+
+    #[tokio::test]
+    async fn an_input_that_is_closed_before_the_start_ends_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("in");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        let stdio = Stdio { stdin: path.display().to_string(), ..Stdio::default() };
+        let process = Process::new("c", "e", stdio.clone(), Body::Nothing);
+        process.close_input();
+        let (stdin, program) = UnixStream::pair().unwrap();
+        let connections = Connections { stdin: Some(stdin), ..Connections::default() };
+        let ends = stdio.open("n", "c", &Arc::default()).await.unwrap();
+        process.set_pumps(Pumps::start(connections, ends, false).unwrap());
+        program.set_nonblocking(true).unwrap();
+        let mut program = tokio::net::UnixStream::from_std(program).unwrap();
+        assert_eq!(program.read_to_end(&mut Vec::new()).await.unwrap(), 0);
     }
 }

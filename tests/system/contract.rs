@@ -20,8 +20,8 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use containerd_shim_protos::api::{
-    CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, StartRequest, StateRequest,
-    StateResponse, Status, WaitRequest,
+    CloseIORequest, CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, StartRequest,
+    StateRequest, StateResponse, Status, WaitRequest,
 };
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::protobuf::Message;
@@ -215,6 +215,12 @@ impl Shim {
     async fn wait_task(&self, id: &str, exec_id: &str) -> u32 {
         let request = WaitRequest { id: id.into(), exec_id: exec_id.into(), ..Default::default() };
         self.tasks().wait(patience(), &request).await.unwrap().exit_status
+    }
+
+    /// As a client does that has no more to write.
+    async fn close_input(&self, id: &str, exec_id: &str) {
+        let request = CloseIORequest { id: id.into(), exec_id: exec_id.into(), stdin: true, ..Default::default() };
+        self.tasks().close_io(patience(), &request).await.unwrap();
     }
 
     async fn state(&self, id: &str, exec_id: &str) -> Result<StateResponse, Error> {

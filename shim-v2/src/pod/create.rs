@@ -18,7 +18,7 @@ use hull_sandbox::share::{RootSource, Share};
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 
-use super::{Container, Pod, State, cpus, memory};
+use super::{Container, Pod, State, cpus, memory, start};
 use crate::annotations::{self, Limits, Role};
 use crate::error::{Error, Result};
 use crate::live::{Followers, LiveVolume};
@@ -26,7 +26,7 @@ use crate::memory::MemoryVolumes;
 use crate::process::{Body, Exit, Phase, Process};
 use crate::rootfs;
 use crate::spec::{self, PodFile, user_namespace};
-use crate::streams::{Ends, Pumps, Stdio};
+use crate::streams::{Ends, Stdio};
 use crate::vm::{Boot, Guest, Vm, sandbox_name};
 
 /// Longest host name that Linux takes.
@@ -298,7 +298,7 @@ async fn launch_with_disks(
         Ok(created) => created,
         Err(error) => return Err(vm.explain(error).await),
     };
-    let pumps = Pumps::start(connections, ends, request.stdio.terminal).map_err(Error::host("cannot carry streams"))?;
+    let pumps = start::carry(&guest, connections, ends, request.stdio.terminal).await?;
     let followers = Followers::start(live, &guest);
     let process = Process::new(&request.id, "", request.stdio.clone(), Body::Nothing);
     process.set_guest(guest, pumps);

@@ -35,7 +35,7 @@ use crate::events::Publisher;
 use crate::launch;
 use crate::live::Followers;
 use crate::memory::MemoryVolumes;
-use crate::process::Process;
+use crate::process::{Exit, Phase, Process};
 use crate::streams::Streaming;
 use crate::vm::Vm;
 
@@ -90,6 +90,15 @@ struct Container {
     /// Keeps its volumes up to date, until it is dropped.
     _followers: Followers,
     execs: HashMap<String, Arc<Process>>,
+}
+
+impl Drop for Container {
+    /// Ends what has not been started and now never will be: somebody may wait for it.
+    fn drop(&mut self) {
+        for exec in self.execs.values().filter(|exec| exec.phase() == Phase::Created) {
+            exec.set_phase(Phase::Stopped(Exit::killed()));
+        }
+    }
 }
 
 impl Pod {
@@ -254,5 +263,73 @@ impl State {
             ));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::process::Body;
+    use crate::streams::Stdio;
+
+    const EXIT: Exit = Exit { code: 3, at: SystemTime::UNIX_EPOCH };
+
+    /// A pod without a VM; its one container, and an exec of that which has not been started.
+    fn pod() -> (Arc<Pod>, Arc<Process>, Arc<Process>) {
+        let publisher = Publisher::start("/nobody/listens/here", "tests");
+        let pod = Pod::new("p", "tests", Host::discover().unwrap(), Settings::default(), publisher);
+        let init = Arc::new(Process::new("c", "", Stdio::default(), Body::Nothing));
+        let exec = Arc::new(Process::new("c", "e", Stdio::default(), Body::Planned(Box::default())));
+        let container = Container {
+            bundle: String::new(),
+            init: init.clone(),
+            cpu_limit: None,
+            _followers: Followers::default(),
+            execs: HashMap::from([("e".to_owned(), exec.clone())]),
+        };
+        pod.lock().containers.insert("c".into(), container);
+        (pod, init, exec)
+    }
+
+    #[tokio::test]
+    async fn a_containers_end_is_told_after_the_start_of_an_exec_that_is_under_way() {
+        let (pod, init, exec) = pod();
+        let telling = exec.telling.lock().await;
+        let mut ended = pin!(pod.ended(&init, EXIT));
+        tokio::select! {
+            biased;
+            () = &mut ended => panic!("it was told before"),
+            () = std::future::ready(()) => assert_eq!(init.exit(), None),
+        }
+        drop(telling);
+        ended.await;
+        assert_eq!(init.exit(), Some(EXIT));
+    }
+
+    #[tokio::test]
+    async fn a_pause_is_told_when_nobody_else_tells_of_the_container() {
+        let (pod, init, _) = pod();
+        let telling = init.telling.lock().await;
+        let mut paused = pin!(pod.set_paused("c", true));
+        tokio::select! {
+            biased;
+            paused = &mut paused => panic!("it was not waited: {paused:?}"),
+            () = std::future::ready(()) => {}
+        }
+        drop(telling);
+        // There is nothing in this one to pause.
+        paused.await.unwrap_err();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_exec_that_was_never_started_ends_with_its_container() {
+        let (pod, _, exec) = pod();
+        let ended = tokio::time::timeout(Duration::from_secs(60), exec.wait());
+        let (ended, deleted) = tokio::join!(ended, pod.delete("c", ""));
+        deleted.unwrap();
+        assert_eq!(ended.unwrap().code, 137);
     }
 }

@@ -125,6 +125,8 @@ impl Pod {
     /// Fails where the container does not run.
     pub(crate) async fn set_paused(&self, container_id: &str, paused: bool) -> Result<()> {
         let process = self.process(container_id, "")?;
+        // Held over the call: an end that comes meanwhile is told after it, and after one that has been told the guest refuses.
+        let _telling = process.telling.lock().await;
         if let Err(error) = process.guest()?.set_paused(paused).await {
             return Err(self.vm()?.explain(error).await);
         }
@@ -156,7 +158,7 @@ impl Pod {
         }
     }
 
-    /// Ends a process's input after what has been written to it by now.
+    /// Ends a process's input, once its clients have closed it too; of one that has not been started, from its start.
     ///
     /// # Errors
     ///

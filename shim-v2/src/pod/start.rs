@@ -4,14 +4,15 @@ use std::sync::Arc;
 
 use containerd_shim_protos::events::task::{TaskExecStarted, TaskExit, TaskStart};
 use containerd_shim_protos::topics;
-use hull_sandbox::container::Process as GuestProcess;
+use hull_sandbox::agent::AgentError;
+use hull_sandbox::container::{Connections, Process as GuestProcess};
 use protobuf::MessageField;
 
 use super::Pod;
 use crate::error::{Error, Result};
 use crate::events::timestamp;
-use crate::process::{Exit, Phase, Process};
-use crate::streams::Pumps;
+use crate::process::{Exit, Phase, Process, SIGKILL};
+use crate::streams::{Ends, Pumps};
 
 impl Pod {
     /// Starts a container's first process, or another that has been registered.
@@ -71,8 +72,7 @@ impl Pod {
             Ok(started) => started,
             Err(error) => return Err(vm.explain(error).await),
         };
-        let pumps =
-            Pumps::start(connections, ends, process.stdio.terminal).map_err(Error::host("cannot carry streams"))?;
+        let pumps = carry(&guest, connections, ends, process.stdio.terminal).await?;
         process.set_guest(guest, pumps);
         process.set_phase(Phase::Running);
         Ok(())
@@ -86,9 +86,13 @@ impl Pod {
                 None => Vec::new(),
             };
             for exec in execs {
-                // One that was never started has no end to wait for.
+                // One that is being started may have an end too.
+                drop(exec.telling.lock().await);
+                // One that was never started has none to wait for.
                 if exec.guest().is_ok() {
                     exec.wait().await;
+                    // Until it has been told.
+                    drop(exec.telling.lock().await);
                 }
             }
         }
@@ -107,4 +111,27 @@ impl Pod {
             },
         );
     }
+}
+
+/// Carries the streams of a process that the guest has just made, which is undone where that fails.
+pub(super) async fn carry(guest: &GuestProcess, connections: Connections, ends: Ends, terminal: bool) -> Result<Pumps> {
+    match Pumps::start(connections, ends, terminal) {
+        Ok(pumps) => Ok(pumps),
+        Err(error) => {
+            if let Err(error) = undo(guest).await {
+                tracing::error!("left behind in the guest: {error}");
+            }
+            Err(Error::host("cannot carry streams")(error))
+        }
+    }
+}
+
+/// Ends a process of the guest's and has the guest forget it.
+async fn undo(guest: &GuestProcess) -> std::result::Result<(), AgentError> {
+    match guest.signal(SIGKILL, false).await {
+        Err(error) if !error.is_not_found() => return Err(error),
+        _ => {}
+    }
+    guest.wait().await?;
+    guest.remove().await
 }

@@ -10,13 +10,15 @@ mod service;
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hull_sandbox::container::{Connections, Streams};
-use tokio::io::AsyncWriteExt;
+use rustix::fs::OFlags;
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, oneshot};
@@ -67,11 +69,7 @@ impl Stdio {
             "" => None,
             target => Some(match streaming_id(target)? {
                 Some(name) => Source::Stream(reserve(streaming, &name, &mut names)),
-                None => Source::Fifo(
-                    pipe::OpenOptions::new()
-                        .open_receiver(target.strip_prefix("fifo://").unwrap_or(target))
-                        .map_err(failed(target))?,
-                ),
+                None => Source::open(target.strip_prefix("fifo://").unwrap_or(target)).map_err(failed(target))?,
             }),
         };
         if let Some((version, uri)) = binary::version(&self.stdout) {
@@ -118,8 +116,18 @@ pub(crate) struct Ends {
 /// Where input comes from.
 #[derive(Debug)]
 enum Source {
-    Fifo(pipe::Receiver),
+    /// With a writing end that keeps the input from ending with its last client, as when containerd is restarted: another may come.
+    Fifo(pipe::Receiver, File),
     Stream(Side),
+}
+
+impl Source {
+    fn open(path: &str) -> std::io::Result<Self> {
+        // First, and for reading too since that alone needs no reader: without a writer the other would be told of an end at once.
+        let flags = OFlags::NONBLOCK.bits().cast_signed();
+        let keeper = File::options().read(true).write(true).custom_flags(flags).open(path)?;
+        Ok(Self::Fifo(pipe::OpenOptions::new().open_receiver(path)?, keeper))
+    }
 }
 
 /// Where output goes.
@@ -137,7 +145,7 @@ impl Sink {
             None if target.is_empty() => return Ok(Self::Nowhere),
             None => open_fifo(target),
             Some(("fifo", path)) => open_fifo(path),
-            Some(("file", path)) => open_log(Path::new(path)).map(Self::File),
+            Some(("file", path)) => open_log(path),
             Some((scheme, _)) => {
                 return Err(Error::Unsupported(format!(
                     "streams to {scheme}:// are not supported; use a FIFO, file://, binary://, binary-v2:// or streaming"
@@ -161,11 +169,15 @@ impl Sink {
 }
 
 /// Its directories are made too, as by runc's shim.
-fn open_log(path: &Path) -> std::io::Result<File> {
-    if let Some(parent) = path.parent() {
+fn open_log(path: &str) -> std::io::Result<Sink> {
+    if let Some(parent) = Path::new(path).parent() {
         std::fs::create_dir_all(parent)?;
     }
-    File::options().append(true).create(true).open(path)
+    // As a file, a FIFO would be waited for until it has a reader.
+    if std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo()) {
+        return open_fifo(path);
+    }
+    File::options().append(true).create(true).open(path).map(Sink::File)
 }
 
 fn open_fifo(path: &str) -> std::io::Result<Sink> {
@@ -202,7 +214,7 @@ impl Pumps {
             let closed = Arc::new(Notify::new());
             let (target, half_close, closing) = (adopt(connection)?, !terminal, closed.clone());
             let task = match source {
-                Source::Fifo(fifo) => tokio::spawn(send(fifo, target, closing, half_close)),
+                Source::Fifo(fifo, keeper) => tokio::spawn(send(fifo, keeper, target, closing, half_close)),
                 Source::Stream(side) => tokio::spawn(send_from_stream(side, target, closing, half_close)),
             };
             pumps.input = Some((task, closed));
@@ -217,7 +229,7 @@ impl Pumps {
         Ok(pumps)
     }
 
-    /// Ends the process's input after what has been written to it by now.
+    /// Ends the process's input once its clients have closed it too.
     pub(crate) fn close_input(&self) {
         if let Some((_, closed)) = &self.input {
             closed.notify_one();
@@ -251,26 +263,22 @@ fn adopt(connection: StdStream) -> std::io::Result<UnixStream> {
     UnixStream::from_std(connection)
 }
 
-/// Carries input until its end or until `closed`, and then passes the end on; but not to a terminal, where it would
-/// hang up.
-async fn send(source: pipe::Receiver, mut target: UnixStream, closed: Arc<Notify>, half_close: bool) {
-    let mut closing = false;
+/// Carries input until it has been `closed` and the last client has closed it too, and then passes the end on; but not to a terminal,
+/// where it would hang up.
+async fn send(source: pipe::Receiver, keeper: File, mut target: UnixStream, closed: Arc<Notify>, half_close: bool) {
+    let mut keeper = Some(keeper);
     loop {
-        if !closing {
-            tokio::select! {
-                biased;
-                ready = source.readable() => if ready.is_err() { break },
-                () = closed.notified() => closing = true,
+        let ready = tokio::select! {
+            biased;
+            ready = source.ready(Interest::READABLE) => ready,
+            () = closed.notified(), if keeper.is_some() => {
+                keeper = None;
+                continue;
             }
-        }
-        let mut buffer = vec![0; BUFFER_BYTES];
-        // At the end the pipe itself is asked: that bytes have arrived may not have come through to the runtime yet.
-        let read = if closing {
-            rustix::io::read(&source, &mut buffer).map_err(std::io::Error::from)
-        } else {
-            source.try_read(&mut buffer)
         };
-        match read {
+        let Ok(ready) = ready else { break };
+        let mut buffer = vec![0; BUFFER_BYTES];
+        match source.try_read(&mut buffer) {
             Ok(0) => break,
             Ok(count) => {
                 // An error means that the process takes no more input.
@@ -279,7 +287,8 @@ async fn send(source: pipe::Receiver, mut target: UnixStream, closed: Arc<Notify
                 }
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                if closing {
+                // Whoever has opened it since then has come too late.
+                if ready.is_read_closed() {
                     break;
                 }
             }
@@ -364,6 +373,8 @@ async fn carry(source: UnixStream, sink: &mut Sink) -> bool {
 mod tests {
     use std::io::Read;
 
+    use tokio::io::AsyncReadExt as _;
+
     use super::*;
 
     struct Fifos {
@@ -384,6 +395,14 @@ mod tests {
             self.dir.path().join(name).into_os_string().into_string().unwrap()
         }
 
+        /// A client's end of the input. It is an error where nobody reads it.
+        fn input(&self) -> std::io::Result<File> {
+            let flags = OFlags::NONBLOCK.bits().cast_signed();
+            let input = File::options().write(true).custom_flags(flags).open(self.path("in"))?;
+            rustix::fs::fcntl_setfl(&input, OFlags::empty())?;
+            Ok(input)
+        }
+
         fn stdio(&self) -> Stdio {
             Stdio { stdin: self.path("in"), stdout: self.path("out"), ..Stdio::default() }
         }
@@ -402,9 +421,10 @@ mod tests {
         let fifos = Fifos::new();
         let ends = fifos.stdio().open("n", "c", &Arc::default()).await.unwrap();
         let sent: Vec<u8> = (0..3_000_000_u32).map(|number| (number % 251) as u8).collect();
+        let mut input = fifos.input().unwrap();
         let writer = std::thread::spawn({
-            let (path, sent) = (fifos.path("in"), sent.clone());
-            move || File::options().write(true).open(path).unwrap().write_all(&sent).unwrap()
+            let sent = sent.clone();
+            move || input.write_all(&sent).unwrap()
         });
         let reader = std::thread::spawn({
             let mut out = File::open(fifos.path("out")).unwrap();
@@ -414,25 +434,60 @@ mod tests {
                 received
             }
         });
-        Pumps::start(echo(), ends, false).unwrap().finish().await;
+        let pumps = Pumps::start(echo(), ends, false).unwrap();
+        // While the client has more to write, as one that does so when it has read the end of its own.
+        pumps.close_input();
+        pumps.finish().await;
         writer.join().unwrap();
         assert!(reader.join().unwrap() == sent);
     }
 
     #[tokio::test]
-    async fn closing_the_input_passes_on_what_was_written_before() {
+    async fn an_input_lasts_from_client_to_client_until_it_is_closed() {
         let fifos = Fifos::new();
         let ends = fifos.stdio().open("n", "c", &Arc::default()).await.unwrap();
-        // The writer stays open: only the request says that there is no more.
-        let mut writer = File::options().write(true).open(fifos.path("in")).unwrap();
-        let mut out = File::open(fifos.path("out")).unwrap();
+        let mut out = pipe::OpenOptions::new().open_receiver(fifos.path("out")).unwrap();
         let pumps = Pumps::start(echo(), ends, false).unwrap();
-        writer.write_all(b"last words").unwrap();
+        let mut received = [0; 10];
+        for words in [b"some words", b"more words"] {
+            fifos.input().unwrap().write_all(words).unwrap();
+            out.read_exact(&mut received).await.unwrap();
+            assert_eq!(&received, words);
+        }
+        fifos.input().unwrap().write_all(b"last words").unwrap();
         pumps.close_input();
         pumps.finish().await;
-        let mut received = String::new();
-        out.read_to_string(&mut received).unwrap();
-        assert_eq!(received, "last words");
+        out.read_exact(&mut received).await.unwrap();
+        assert_eq!(&received, b"last words");
+        assert!(fifos.input().is_err());
+    }
+
+    #[tokio::test]
+    async fn an_input_that_is_closed_ends_with_its_last_client() {
+        let fifos = Fifos::new();
+        let ends = fifos.stdio().open("n", "c", &Arc::default()).await.unwrap();
+        let mut out = pipe::OpenOptions::new().open_receiver(fifos.path("out")).unwrap();
+        let pumps = Pumps::start(echo(), ends, false).unwrap();
+        let mut client = fifos.input().unwrap();
+        pumps.close_input();
+        let mut received = [0; 10];
+        for words in [b"some words", b"last words"] {
+            client.write_all(words).unwrap();
+            out.read_exact(&mut received).await.unwrap();
+            assert_eq!(&received, words);
+        }
+        drop(client);
+        pumps.finish().await;
+    }
+
+    #[tokio::test]
+    async fn an_input_that_is_closed_ends_though_no_client_ever_came() {
+        let fifos = Fifos::new();
+        let ends = fifos.stdio().open("n", "c", &Arc::default()).await.unwrap();
+        let pumps = Pumps::start(echo(), ends, false).unwrap();
+        pumps.close_input();
+        pumps.finish().await;
+        assert!(fifos.input().is_err());
     }
 
     #[tokio::test]

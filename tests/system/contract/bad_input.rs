@@ -5,8 +5,9 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use containerd_shim_protos::api::ConnectRequest;
+use containerd_shim_protos::api::{ConnectRequest, PidsRequest};
 use containerd_shim_protos::sandbox_api::PlatformRequest;
+use rustix::process::{Resource, Rlimit};
 
 use super::*;
 
@@ -288,7 +289,9 @@ fn streams_fifo_that_nobody_reads_holds_nothing_up_but_its_process() {
         shim.delete_task("one", "").await.unwrap();
 
         let missing = CreateTaskRequest { stdout: "/no/such/fifo".into(), ..create("one", &bundle) };
-        assert!(refused(tasks.create(patience(), &missing).await).1.contains("/no/such/fifo"));
+        let (code, message) = refused(tasks.create(patience(), &missing).await);
+        assert_eq!(code, Code::FAILED_PRECONDITION, "{message}");
+        assert!(message.contains("/no/such/fifo"), "{message}");
         shim.end().await;
     });
 }
@@ -302,11 +305,12 @@ fn streams_fifo_that_nobody_ever_opens_holds_nothing_up() {
             nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
             path.to_str().unwrap().to_owned()
         });
-        // With nothing written and with something, and with an input that never comes.
-        for (number, script) in ["", "echo out; echo err >&2;"].into_iter().enumerate() {
+        // With nothing written and with something, also where what is said to be a file is a FIFO; and with an input that never comes.
+        let written = "echo out; echo err >&2;";
+        for (number, (script, scheme)) in [("", ""), (written, ""), (written, "file://")].into_iter().enumerate() {
             let script = format!("{script} echo >/told.{number}; exec cat");
             let bundle = shim.bundle("unopened", &["/bin/sh", "-c", &script]);
-            let (stdin, stdout, stderr) = (stdin.clone(), stdout.clone(), stderr.clone());
+            let (stdin, stdout, stderr) = (stdin.clone(), format!("{scheme}{stdout}"), format!("{scheme}{stderr}"));
             let request = CreateTaskRequest { stdin, stdout, stderr, ..create("unopened", &bundle) };
             shim.tasks().create(patience(), &request).await.unwrap();
             shim.start_task("unopened", "").await.unwrap();
@@ -316,6 +320,63 @@ fn streams_fifo_that_nobody_ever_opens_holds_nothing_up() {
             assert_eq!(shim.wait_task("unopened", "").await, 137);
             assert_eq!(shim.delete_task("unopened", "").await.unwrap().exit_status, 137);
         }
+    });
+}
+
+/// Lets a shim open no more than so many further files, until it is dropped.
+struct Few {
+    shim: rustix::process::Pid,
+    before: Rlimit,
+}
+
+impl Few {
+    fn leave(shim: &Shim, count: usize) -> Self {
+        let used = std::fs::read_dir(format!("/proc/{}/fd", shim.pid())).unwrap();
+        let used: BTreeSet<u64> = used.map(|fd| fd.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect();
+        let limit = (0..).filter(|number| !used.contains(number)).nth(count).unwrap();
+        let shim = rustix::process::Pid::from_raw(shim.pid()).unwrap();
+        let limit = Rlimit { current: Some(limit), maximum: Some(limit) };
+        let before = rustix::process::prlimit(Some(shim), Resource::Nofile, limit).unwrap();
+        Self { shim, before }
+    }
+}
+
+impl Drop for Few {
+    fn drop(&mut self) {
+        rustix::process::prlimit(Some(self.shim), Resource::Nofile, self.before.clone()).unwrap();
+    }
+}
+
+#[test]
+fn task_start_of_an_exec_whose_streams_cannot_be_opened_leaves_nothing_of_it() {
+    run(async {
+        let (shim, _) = Shim::shared().await;
+        shim.run("few", "exec sleep 1000").await;
+        let [stdin, stdout] = ["few.in", "few.out"].map(|name| {
+            let path = shim.dir.join(name);
+            nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            path.to_str().unwrap().to_owned()
+        });
+        let request = ExecProcessRequest { terminal: true, stdin, stdout, ..exec("few", "one", "exec sleep 1000") };
+        shim.tasks().exec(patience(), &request).await.unwrap();
+        let mut refusals = 0;
+        loop {
+            let few = Few::leave(&shim, refusals);
+            let started = shim.start_task("few", "one").await;
+            drop(few);
+            if started.is_ok() {
+                break;
+            }
+            let (_, message) = refused(started);
+            assert!(message.contains("Too many open files"), "{refusals}: {message}");
+            let request = PidsRequest { id: "few".into(), ..Default::default() };
+            let processes = shim.tasks().pids(patience(), &request).await.unwrap().processes;
+            assert_eq!(processes.len(), 1, "{refusals}: {processes:?}");
+            assert_eq!(shim.status("few", "one").await, Status::CREATED);
+            refusals += 1;
+        }
+        assert!(refusals > 0);
+        shim.remove_task("few").await;
     });
 }
 

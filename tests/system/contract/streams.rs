@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 
 use super::*;
 
@@ -24,22 +24,27 @@ fn streams_fifo_carries_input_and_output_and_their_ends() {
         };
         shim.tasks().create(patience(), &request).await.unwrap();
         shim.start_task("fifo", "").await.unwrap();
-        let read = |path: PathBuf| {
-            tokio::task::spawn_blocking(move || {
-                let mut text = String::new();
-                File::open(path).unwrap().read_to_string(&mut text).unwrap();
-                text
-            })
-        };
-        let (out, err) = (read(stdout), read(stderr));
-        let writer = tokio::task::spawn_blocking(move || {
-            File::options().write(true).open(stdin).unwrap().write_all(b"through\n").unwrap();
-        });
-        writer.await.unwrap();
+        let (mut out, mut err) = (File::open(stdout).unwrap(), File::open(stderr).unwrap());
+        // A client that goes is not the end: containerd may have been restarted, and open it again.
+        for words in [b"one\n", b"two\n"] {
+            // Without waiting for somebody who reads it.
+            let flags = nix::fcntl::OFlag::O_NONBLOCK.bits();
+            let mut client = File::options().write(true).custom_flags(flags).open(&stdin).unwrap();
+            client.write_all(words).unwrap();
+            drop(client);
+            let mut came = [0; 4];
+            out.read_exact(&mut came).unwrap();
+            assert_eq!(&came, words);
+        }
+        assert_eq!(shim.status("fifo", "").await, Status::RUNNING);
+        shim.close_input("fifo", "").await;
         assert_eq!(shim.wait_task("fifo", "").await, 0);
         // The readers' end comes with the deletion at the latest.
         shim.delete_task("fifo", "").await.unwrap();
-        assert_eq!((out.await.unwrap().as_str(), err.await.unwrap().as_str()), ("through\n", "wrong\n"));
+        let (mut rest, mut wrong) = (String::new(), String::new());
+        out.read_to_string(&mut rest).unwrap();
+        err.read_to_string(&mut wrong).unwrap();
+        assert_eq!((rest.as_str(), wrong.as_str()), ("", "wrong\n"));
     });
 }
 
@@ -58,8 +63,10 @@ fn streams_fifo_carries_much_through_an_exec_unchanged() {
             ExecProcessRequest { stdin: text(&stdin), stdout: text(&stdout), ..exec("much", "cat", "exec cat") };
         shim.tasks().exec(patience(), &request).await.unwrap();
         shim.start_task("much", "cat").await.unwrap();
+        let input = File::options().write(true).open(stdin).unwrap();
+        // It ends with what is yet to be written.
+        shim.close_input("much", "cat").await;
         let through = tokio::task::spawn_blocking(move || {
-            let input = File::options().write(true).open(stdin).unwrap();
             fixture::noise::comes_back(input, File::open(stdout).unwrap(), 32);
         });
         assert_eq!(shim.wait_task("much", "cat").await, 0);

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{Read, Write};
 
 use containerd_shim_protos::api::{
-    CheckpointTaskRequest, CloseIORequest, ConnectRequest, PauseRequest, PidsRequest, ResizePtyRequest, ResumeRequest,
-    ShutdownRequest, StatsRequest, UpdateTaskRequest,
+    CheckpointTaskRequest, ConnectRequest, PauseRequest, PidsRequest, ResizePtyRequest, ResumeRequest, ShutdownRequest,
+    StatsRequest, UpdateTaskRequest,
 };
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim::oci::ProcessDetails;
@@ -118,11 +118,20 @@ fn task_start_is_for_init_or_an_exec_once_and_while_init_runs() {
         assert_eq!(shim.start_task("start", "in-time").await.unwrap(), vmm);
         assert_eq!(refused(shim.start_task("start", "unknown").await).0, Code::NOT_FOUND);
         shim.tasks().exec(patience(), &exec("start", "late", SLEEP)).await.unwrap();
+        let mut waiting = Box::pin(shim.wait_task("start", "late"));
         shim.kill("start", "", Signal::SIGKILL).await.unwrap();
         shim.wait_task("start", "").await;
-        let (code, message) = refused(shim.start_task("start", "late").await);
-        assert_eq!(code, Code::FAILED_PRECONDITION, "{message}");
+        tokio::select! {
+            biased;
+            exit = &mut waiting => panic!("it was never started, and {exit} was answered"),
+            started = shim.start_task("start", "late") => {
+                let (code, message) = refused(started);
+                assert_eq!(code, Code::FAILED_PRECONDITION, "{message}");
+            }
+        }
         shim.remove_task("start").await;
+        // With its container it is gone for good.
+        assert_eq!(waiting.await, 137);
     });
 }
 
@@ -374,15 +383,21 @@ fn task_close_io_ends_the_input_of_an_exec() {
         let request = ExecProcessRequest { stdin: stdin.clone(), stdout, ..exec("close", "reader", "cat; exit 5") };
         shim.tasks().exec(patience(), &request).await.unwrap();
         shim.start_task("close", "reader").await.unwrap();
-        // It stays open, as containerd's does: only the request tells of the end.
+        // A client closes its own end before it asks, or afterwards, as `ctr` does: with runc's shim the end is the later of the two.
         let mut writer = File::options().write(true).open(stdin).unwrap();
-        writer.write_all(b"last words").unwrap();
-        let close = CloseIORequest { id: "close".into(), exec_id: "reader".into(), stdin: true, ..Default::default() };
-        shim.tasks().close_io(patience(), &close).await.unwrap();
+        writer.write_all(b"last ").unwrap();
+        shim.close_input("close", "reader").await;
+        writer.write_all(b"words").unwrap();
+        drop(writer);
         assert_eq!(shim.wait_task("close", "reader").await, 5);
         shim.delete_task("close", "reader").await.unwrap();
         assert_eq!(std::fs::read_to_string(&out).unwrap(), "last words");
-        drop(writer);
+
+        // A client with nothing to write asks as soon as there is an exec.
+        shim.tasks().exec(patience(), &request).await.unwrap();
+        shim.close_input("close", "reader").await;
+        shim.start_task("close", "reader").await.unwrap();
+        assert_eq!(shim.wait_task("close", "reader").await, 5);
         shim.remove_task("close").await;
     });
 }

@@ -20,6 +20,8 @@ struct Running {
     volume: PathBuf,
     streams: Streams,
     terminal: Streams,
+    /// Containers that answer what they are told, without a terminal and with one, and a client that is attached to each.
+    told: [(bool, Container, Streams); 2],
 }
 
 impl Running {
@@ -34,8 +36,16 @@ impl Running {
         streams.expect(STDOUT, b"got word\n");
         let mut terminal = counter.stream("tty; sleep 1000", true);
         terminal.expect(STDOUT, b"/dev/pts/");
+        let told = [(false, "piped"), (true, "typed")].map(|(tty, name)| {
+            let script = "while read line; do echo got $line; done";
+            let container = pod.run(name, script, |config| (config.stdin, config.tty) = (true, tty));
+            let mut attached = container.attach(tty);
+            attached.send(STDIN, b"word\n");
+            attached.expect(STDOUT, b"got word");
+            (tty, container, attached)
+        });
         counter.logs("stdout F line 1");
-        Self { handler, pod, counter, ender, volume, streams, terminal }
+        Self { handler, pod, counter, ender, volume, streams, terminal, told }
     }
 
     /// What its client finds when containerd has come back.
@@ -73,6 +83,13 @@ impl Running {
         let mut attached = self.counter.attach(false);
         attached.expect(STDOUT, b"line ");
         drop(attached);
+        // The input of a container is not at its end because its client was away.
+        for (tty, container, mut attached) in self.told {
+            attached.rest(STDOUT);
+            let mut again = container.attach(tty);
+            again.send(STDIN, b"more\n");
+            again.expect(STDOUT, b"got more");
+        }
         assert!(self.counter.stats().memory.working_set_bytes.value > 0, "{handler}");
         self.ender.remove();
         self.counter.stop(0);

@@ -102,17 +102,16 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Changes the network. One that was changed half-way before an error is put right by the next change.
+    /// Changes the network. What the kernel refuses is tried again with the next change.
     pub(crate) async fn update_network(&self, new: Network) -> Result<()> {
         let mut current = self.network.lock().await;
         let Some(old) = current.clone() else {
             return Err(Error::State("the sandbox has no network to change".into()));
         };
-        let new = Arc::new(new);
-        let wanted = new.clone();
-        spawn_blocking(move || network::update(&old, &wanted)).await.step("change the network").flatten()?;
-        *current = Some(new);
-        Ok(())
+        let updated = spawn_blocking(move || network::update(&old, &new)).await;
+        let (now, outcome) = updated.step("change the network")?;
+        *current = Some(Arc::new(now));
+        outcome
     }
 
     /// Ends everything, after a moment for the answer to get through.

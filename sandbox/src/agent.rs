@@ -91,12 +91,7 @@ impl Agent {
             .map_err(|error| AgentError::Io(error.into()))??;
         stream.set_nonblocking(true).map_err(AgentError::Io)?;
         let stream = tokio::net::UnixStream::from_std(stream).map_err(AgentError::Io)?;
-        let client = Client::new(Socket::new(stream));
-        let agent = Self {
-            sandbox: SandboxServiceClient::new(client.clone()),
-            container: ContainerServiceClient::new(client),
-            socket: socket.to_owned(),
-        };
+        let agent = Self::over(stream, socket);
         let request = HandshakeRequest { major: VERSION.0, minor: VERSION.1, ..Default::default() };
         let answer = answer("Handshake", agent.sandbox.handshake(short(), &request).await)?;
         if answer.major != VERSION.0 {
@@ -106,6 +101,16 @@ impl Agent {
             });
         }
         Ok((agent, answer))
+    }
+
+    /// The agent at the other end of this stream, which nothing is known of yet. In a tokio runtime.
+    pub(crate) fn over(stream: tokio::net::UnixStream, socket: &Path) -> Self {
+        let client = Client::new(Socket::new(stream));
+        Self {
+            sandbox: SandboxServiceClient::new(client.clone()),
+            container: ContainerServiceClient::new(client),
+            socket: socket.to_owned(),
+        }
     }
 
     /// The VMM's socket, for opening streams.

@@ -185,12 +185,17 @@ fn the_death_of_the_owner_ends_its_network() {
     wait_gone(vmm);
     // Whoever looks next sweeps.
     fixture::hull(["ps", "-a"]).run().ok();
-    let left: Vec<String> = network
-        .traces(&id)
-        .into_iter()
-        .filter(|trace| !trace.contains("POSTROUTING") && !trace.contains("CNI-"))
-        .collect();
-    assert_eq!(left, [""; 0]);
+    // Without a namespace, bridge does not find the addresses whose rules of `ipMasq` it is to remove: for each family a jump,
+    // and the chain that it leads to. All else goes, the published port's rules too.
+    let traces = network.traces(&id);
+    let jumps = traces.iter().filter(|trace| trace.starts_with("-A POSTROUTING "));
+    let chains: Vec<&str> = jumps.filter_map(|jump| jump.rsplit(' ').next()).collect();
+    let is_masquerade = |trace: &String| {
+        let chain = trace.strip_prefix("-A ").and_then(|rule| rule.split(' ').next());
+        chain.is_some_and(|chain| chain == "POSTROUTING" || chains.contains(&chain))
+    };
+    let left: Vec<&String> = traces.iter().filter(|trace| !is_masquerade(trace)).collect();
+    assert!(left.is_empty(), "{left:?}");
     assert!(traces_of(&id).is_empty());
 }
 

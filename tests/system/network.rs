@@ -46,47 +46,54 @@ fn without_a_namespace_there_is_only_loopback() {
     assert!(said.starts_with("/sys/class/net/lo/\nPING") && said.contains("1 packets received"), "{said}");
 }
 
+/// The host's own ip(8) in a container that has `/usr` at `/host`: that of the small image says less.
+const IP: &str =
+    "/host/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 --library-path /host/lib/x86_64-linux-gnu /host/bin/ip";
+
 #[test]
 fn the_guest_has_what_the_namespace_has() {
     let netns = Netns::with_eth0(1400);
+    let (address, there) = (netns.address(), netns.host_address());
     netns.ip("neigh add 10.88.0.77 lladdr 02:00:00:00:00:77 dev eth0 nud permanent");
-    netns.ip("route add 192.0.2.0/24 dev eth0 metric 7");
+    netns.ip("neigh add proxy 10.88.0.78 dev eth0");
+    netns.ip(&format!("route add 192.0.2.0/24 dev eth0 metric 7 src {address}"));
+    netns.ip(&format!("route add 192.0.3.0/24 via {there} mtu 1280"));
+    let hops = format!("nexthop via {there} dev eth0 weight 3 nexthop via 10.99.0.1 dev eth0 weight 5 onlink");
+    netns.ip(&format!("route add 192.0.4.0/24 {hops}"));
     netns.ip("route add unreachable 198.51.100.0/24");
     netns.ip("route add 203.0.113.0/24 via 10.99.0.1 dev eth0 onlink table 77");
     netns.ip("rule add from 10.88.0.0/16 iif eth0 fwmark 0x7/0xff lookup 77 priority 500");
     netns.ip("-6 rule add to 2001:db8::/32 unreachable priority 600");
+    host(&format!("ip netns exec {} sysctl -qw net.ipv4.conf.eth0.rp_filter=2 net.core.somaxconn=77", netns.name));
     let link = netns.ip("-o link show eth0");
     let mac = link.split_whitespace().skip_while(|word| *word != "link/ether").nth(1).unwrap();
-    let said = run(
-        &netns,
-        "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu; ip -o addr show dev eth0; ip neigh show nud permanent
-         ip rule; ip -6 rule; echo ROUTES; ip route; ip route show table 77; ip -6 route show",
+    let script = format!(
+        "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu
+         cat /proc/sys/net/ipv4/conf/eth0/rp_filter /proc/sys/net/core/somaxconn
+         ip -o addr show dev eth0; ip neigh show nud permanent; ip rule; ip -6 rule
+         echo ROUTES; {IP} route; {IP} route show table 77; {IP} neigh show proxy
+         echo ROUTES; ip -6 route show"
     );
-    let said = said.ok();
-    let (own, routes) = said.split_once("ROUTES\n").unwrap();
-    let mut lines = own.lines();
-    let rule = "500:\tfrom 10.88.0.0/16";
-    assert_eq!((lines.next(), lines.next()), (Some(mac), Some("1400")));
+    let (option, image) = (netns.option(), busybox());
+    let options = ["run", "--rm", "--memory", "128", "--net", &option, "-v", "/usr:/host:ro", &image];
+    let said = Hull::new(options.into_iter().chain(["sh", "-c", &script])).run().ok();
+    let [own, routes, routes6] = said.split("ROUTES\n").collect::<Vec<_>>().try_into().unwrap();
+    assert_eq!(own.lines().take(4).collect::<Vec<_>>(), [mac, "1400", "2", "77"]);
     for wanted in [
-        &format!("{}/24", netns.address()),
+        &format!("{address}/24"),
         &format!("{}/64", netns.address6()),
         "10.88.0.77",
         "fe80::",
-        rule,
+        "500:\tfrom 10.88.0.0/16",
         "2001:db8::/32",
     ] {
         assert!(own.contains(wanted), "{wanted} is not in {own}");
     }
-    let mut expected = netns.ip("route") + &netns.ip("route show table 77");
-    expected = expected.replace("proto kernel ", "");
-    let v4: String = routes.lines().filter(|line| !line.contains("::")).map(|line| format!("{line}\n")).collect();
-    for route in sorted(&expected) {
-        // busybox says less of a route, so each is looked for by its beginning.
-        let start: Vec<&str> = route.split(' ').take(3).collect();
-        assert!(v4.contains(&start.join(" ")), "{route} is not in {v4}");
-    }
+    let expected = netns.ip("route") + &netns.ip("route show table 77") + &netns.ip("neigh show proxy");
+    // The guest's link may be a moment late.
+    assert_eq!(sorted(&routes.replace(" linkdown", "")), sorted(&expected));
     for wanted in [&format!("default via {}", netns.host_address6()), "fe80::/64"] {
-        assert!(routes.contains(wanted), "{wanted} is not in {routes}");
+        assert!(routes6.contains(wanted), "{wanted} is not in {routes6}");
     }
     assert_eq!(netns.traces(), [""; 0]);
 }
@@ -489,6 +496,18 @@ fn changes_of_the_namespace_reach_the_guest() {
     wait(&|said| said.contains("NOARP"));
     netns.ip("link set eth0 arp on");
     wait(&|said| !said.contains("NOARP"));
+    // What the guest cannot have keeps nothing else waiting: a larger MTU than its device was made for, and a route from
+    // an address of the namespace's loopback interface.
+    netns.ip("link set eth0 mtu 2000");
+    netns.ip("addr add 192.0.2.99/32 dev lo");
+    netns.ip("route add 203.0.113.0/24 dev eth0 src 192.0.2.99");
+    netns.ip("route add 203.0.114.0/24 dev eth0");
+    wait(&|said| said.contains("203.0.114.0/24"));
+    let said = look();
+    assert!(said.contains("eth0: ") && said.contains(" mtu 1500 ") && !said.contains("203.0.113.0/24"), "{said}");
+    netns.ip("link set eth0 mtu 1400");
+    netns.ip("route del 203.0.114.0/24");
+    wait(&|said| said.contains(" mtu 1400 ") && !said.contains("203.0.114.0/24"));
     // What was there from the start still is.
     let said = container.exec(["ping", "-c", "2", "-W", "20", &netns.host_address()]).run();
     assert!(said.text().contains("2 packets received"), "{} {}", said.text(), said.stderr);

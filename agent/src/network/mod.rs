@@ -57,8 +57,8 @@ const RTNH_F_ONLINK: u8 = 4;
 /// The table number for those that have no place in one byte.
 const RT_TABLE_COMPAT: u8 = 252;
 
-/// What the guest's network is to be. Checked by `server::convert`.
-#[derive(Debug, Default)]
+/// What the guest's network is to be, or is. Checked by `server::network`.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Network {
     pub(crate) interfaces: Vec<Interface>,
     pub(crate) routes: Vec<Route>,
@@ -67,7 +67,7 @@ pub(crate) struct Network {
     pub(crate) rules: Vec<Rule>,
 }
 
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Interface {
     pub(crate) mac: [u8; 6],
     pub(crate) name: String,
@@ -78,7 +78,16 @@ pub(crate) struct Interface {
     pub(crate) neighbours: Vec<Neighbour>,
 }
 
-#[derive(Debug, PartialEq)]
+impl Interface {
+    /// An interface that has its name, and nothing else yet.
+    fn unraised(&self) -> Self {
+        let (addresses, neighbours) = (Vec::new(), Vec::new());
+        // Nobody wants this MTU.
+        Self { mac: self.mac, name: self.name.clone(), mtu: 0, no_arp: false, addresses, neighbours }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Address {
     pub(crate) address: IpAddr,
     pub(crate) prefix_length: u8,
@@ -87,14 +96,14 @@ pub(crate) struct Address {
     pub(crate) scope: u8,
 }
 
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Neighbour {
     pub(crate) address: IpAddr,
     /// None for a proxy.
     pub(crate) mac: Option<[u8; 6]>,
 }
 
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Route {
     pub(crate) family: u8,
     pub(crate) destination: Option<IpAddr>,
@@ -112,7 +121,7 @@ pub(crate) struct Route {
     pub(crate) metrics: Vec<(u16, u32)>,
 }
 
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct NextHop {
     pub(crate) interface: String,
     pub(crate) gateway: Option<IpAddr>,
@@ -121,7 +130,7 @@ pub(crate) struct NextHop {
     pub(crate) weight: u16,
 }
 
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Rule {
     pub(crate) family: u8,
     pub(crate) destination_prefix_length: u8,
@@ -132,85 +141,138 @@ pub(crate) struct Rule {
     pub(crate) attributes: Vec<(u16, Vec<u8>)>,
 }
 
+/// Most refusals that an answer tells of; a message has bounds, and one interface that is missing may take a hundred routes along.
+const MOST_TOLD: usize = 8;
+
+/// Steps of a change that were refused; the others were carried out.
+#[derive(Debug, Default)]
+struct Refused(Vec<Error>);
+
+impl Refused {
+    /// What a step answers, if it was carried out; otherwise takes note.
+    fn unless<T>(&mut self, step: Result<T>) -> Option<T> {
+        step.map_err(|error| self.0.push(error)).ok()
+    }
+
+    /// Whether a step was carried out; takes note if not.
+    fn is_done(&mut self, step: Result<()>) -> bool {
+        self.unless(step).is_some()
+    }
+
+    fn into_result(mut self) -> Result<()> {
+        match self.0.len() {
+            0 => Ok(()),
+            1 => Err(self.0.remove(0)),
+            count => {
+                let mut told: Vec<String> = self.0.iter().take(MOST_TOLD).map(Error::to_string).collect();
+                if count > MOST_TOLD {
+                    told.push(format!("and {} more", count - MOST_TOLD));
+                }
+                Err(Error::failed("set up the network", told.join("; ")))
+            }
+        }
+    }
+}
+
 /// Makes the guest's network.
 pub(crate) fn set_up(network: &Network) -> Result<()> {
-    let mut netlink = Netlink::open().step("open a netlink socket")?;
-    let all: Vec<&Interface> = network.interfaces.iter().collect();
-    let indices = name_interfaces(&mut netlink, &all, |_| false)?;
-    set_sysctls(&network.sysctls)?;
-    for (interface, &index) in network.interfaces.iter().zip(&indices) {
-        raise(&mut netlink, interface, index)?;
-        for address in &interface.addresses {
-            add_address(&mut netlink, interface, address, index)?;
-        }
-        for neighbour in &interface.neighbours {
-            add_neighbour(&mut netlink, interface, neighbour, index)?;
-        }
-    }
-    for route in &network.routes {
-        add_route(&mut netlink, route)?;
-    }
-    for rule in &network.rules {
-        add_rule(&mut netlink, rule)?;
-    }
-    Ok(())
+    update(&Network::default(), network).1
 }
 
 /// Makes the network `old` into `new`. Devices of interfaces that come are there already; those of interfaces that go still
 /// are, or the kernel has taken along what belonged to them.
-pub(crate) fn update(old: &Network, new: &Network) -> Result<()> {
-    let before = |name: &str| old.interfaces.iter().find(|interface| interface.name == name);
-    let mut netlink = Netlink::open().step("open a netlink socket")?;
-    // Against the order in which they were made.
-    for rule in gone(&old.rules, &new.rules) {
-        remove(&mut netlink, rule_message(Request::removal, rule), "remove a routing rule")?;
-    }
-    for route in gone(&old.routes, &new.routes).rev() {
-        let Ok(hops) = resolve(&route.next_hops) else { continue };
-        remove(&mut netlink, route_message(Request::removal, route, &hops), "remove a route")?;
-    }
-    for interface in &old.interfaces {
-        let Ok(index) = index_of(&interface.name) else { continue };
-        let now = new.interfaces.iter().find(|other| other.name == interface.name);
-        let neighbours = now.map_or(&[][..], |now| &now.neighbours);
-        for neighbour in gone(&interface.neighbours, neighbours) {
-            remove(&mut netlink, neighbour_message(Request::removal, neighbour, index), "remove a neighbour")?;
+///
+/// What the kernel refuses keeps nothing else waiting. Answers the network as it is then, from which the next change tries
+/// that again, and what was refused.
+pub(crate) fn update(old: &Network, new: &Network) -> (Network, Result<()>) {
+    let mut now = old.clone();
+    let mut refused = Refused::default();
+    match Netlink::open().step("open a netlink socket") {
+        Ok(mut netlink) => {
+            // What has vanished and is wanted all the same comes anew.
+            now.interfaces.retain(|interface| index_of(&interface.name).is_ok());
+            take_away(&mut netlink, &mut now, new, &mut refused);
+            add(&mut netlink, &mut now, new, &mut refused);
         }
-        for address in gone(&interface.addresses, now.map_or(&[][..], |now| &now.addresses)) {
-            remove(&mut netlink, address_message(Request::removal, address, index), "remove an address")?;
-        }
+        Err(error) => refused.0.push(error),
     }
-    // Their names come before their sysctls, which have them in their paths.
-    let come: Vec<&Interface> = new.interfaces.iter().filter(|interface| before(&interface.name).is_none()).collect();
-    name_interfaces(&mut netlink, &come, |name| before(name).is_some())?;
-    let changed = new.sysctls.iter().filter(|(path, value)| old.sysctls.get(*path) != Some(value));
-    set_sysctls(&changed.map(|(path, value)| (path.clone(), value.clone())).collect())?;
-    for interface in &new.interfaces {
-        let was = before(&interface.name);
-        let index = index_of(&interface.name)?;
-        if was.is_none_or(|was| (was.mtu, was.no_arp) != (interface.mtu, interface.no_arp)) {
-            raise(&mut netlink, interface, index)?;
-        }
-        for address in gone(&interface.addresses, was.map_or(&[][..], |was| &was.addresses)) {
-            add_address(&mut netlink, interface, address, index)?;
-        }
-        for neighbour in gone(&interface.neighbours, was.map_or(&[][..], |was| &was.neighbours)) {
-            add_neighbour(&mut netlink, interface, neighbour, index)?;
-        }
-    }
-    // The kernel takes routes away with the addresses that they prefer, so all are asked for again.
-    for route in &new.routes {
-        add_route(&mut netlink, route)?;
-    }
-    for rule in gone(&new.rules, &old.rules) {
-        add_rule(&mut netlink, rule)?;
-    }
-    Ok(())
+    (now, refused.into_result())
 }
 
-/// What `old` has and `new` has not.
-fn gone<'a, T: PartialEq>(old: &'a [T], new: &'a [T]) -> impl DoubleEndedIterator<Item = &'a T> {
-    old.iter().filter(|item| !new.contains(item))
+/// Takes away what `now` has and `new` has not, against the order in which it was made.
+fn take_away(netlink: &mut Netlink, now: &mut Network, new: &Network, refused: &mut Refused) {
+    remove_others(&mut now.rules, &new.rules, |rule| {
+        refused.is_done(remove(netlink, rule_message(Request::removal, rule), "remove a routing rule"))
+    });
+    remove_others(&mut now.routes, &new.routes, |route| {
+        // It went with its interface.
+        let Ok(hops) = resolve(&route.next_hops) else { return true };
+        refused.is_done(remove(netlink, route_message(Request::removal, route, &hops), "remove a route"))
+    });
+    for interface in &mut now.interfaces {
+        let Ok(index) = index_of(&interface.name) else { continue };
+        let wanted = new.interfaces.iter().find(|other| other.name == interface.name);
+        remove_others(&mut interface.neighbours, wanted.map_or(&[], |wanted| &wanted.neighbours), |neighbour| {
+            let request = neighbour_message(Request::removal, neighbour, index);
+            refused.is_done(remove(netlink, request, "remove a neighbour"))
+        });
+        remove_others(&mut interface.addresses, wanted.map_or(&[], |wanted| &wanted.addresses), |address| {
+            refused.is_done(remove(netlink, address_message(Request::removal, address, index), "remove an address"))
+        });
+    }
+    // The devices go next, and take along what is left on them.
+    now.interfaces.retain(|interface| new.interfaces.iter().any(|other| other.name == interface.name));
+    now.sysctls.retain(|path, _| new.sysctls.contains_key(path));
+}
+
+/// Adds what `new` has and `now` has not.
+fn add(netlink: &mut Netlink, now: &mut Network, new: &Network, refused: &mut Refused) {
+    // Their names come before their sysctls, which have them in their paths.
+    let named = name_interfaces(netlink, &now.interfaces, &new.interfaces, refused);
+    now.interfaces.extend(named.into_iter().map(Interface::unraised));
+    for (path, value) in &new.sysctls {
+        if now.sysctls.get(path) != Some(value) && refused.is_done(set_sysctl(path, value)) {
+            now.sysctls.insert(path.clone(), value.clone());
+        }
+    }
+    for wanted in &new.interfaces {
+        let Some(interface) = now.interfaces.iter_mut().find(|interface| interface.name == wanted.name) else {
+            continue;
+        };
+        let Some(index) = refused.unless(index_of(&wanted.name)) else { continue };
+        let settings = (wanted.mtu, wanted.no_arp);
+        if (interface.mtu, interface.no_arp) != settings && refused.is_done(raise(netlink, wanted, index)) {
+            (interface.mtu, interface.no_arp) = settings;
+        }
+        add_missing(&mut interface.addresses, &wanted.addresses, |address| {
+            refused.is_done(add_address(netlink, wanted, address, index))
+        });
+        add_missing(&mut interface.neighbours, &wanted.neighbours, |neighbour| {
+            refused.is_done(add_neighbour(netlink, wanted, neighbour, index))
+        });
+    }
+    // The kernel takes routes away with the addresses that they prefer, so all are asked for again.
+    now.routes.retain(|route| !new.routes.contains(route));
+    add_missing(&mut now.routes, &new.routes, |route| refused.is_done(add_route(netlink, route)));
+    add_missing(&mut now.rules, &new.rules, |rule| refused.is_done(add_rule(netlink, rule)));
+}
+
+/// Removes those of `items` that are not `wanted`, the last first, but for those that `remove` fails at.
+fn remove_others<T: PartialEq>(items: &mut Vec<T>, wanted: &[T], mut remove: impl FnMut(&T) -> bool) {
+    for at in (0..items.len()).rev() {
+        if !wanted.contains(&items[at]) && remove(&items[at]) {
+            items.remove(at);
+        }
+    }
+}
+
+/// Adds those of `wanted` that `items` lacks, but for those that `add` fails at.
+fn add_missing<T: PartialEq + Clone>(items: &mut Vec<T>, wanted: &[T], mut add: impl FnMut(&T) -> bool) {
+    for item in wanted {
+        if !items.contains(item) && add(item) {
+            items.push(item.clone());
+        }
+    }
 }
 
 /// Takes something away that may have gone by itself.
@@ -224,31 +286,33 @@ fn remove(netlink: &mut Netlink, request: Request, step: &'static str) -> Result
 /// What the kernel says of a route, rule, neighbour or address that is not there.
 const ABSENT: [i32; 3] = [libc::ESRCH, libc::ENOENT, libc::EADDRNOTAVAIL];
 
-/// Finds the interfaces by their addresses among those that have no name to be kept, and gives them their names; answers
-/// their indices.
-fn name_interfaces(
+/// Finds those of the interfaces that are not `kept` by their addresses, among those that have no name to be kept, and gives
+/// them their names; answers those that have theirs then.
+fn name_interfaces<'a>(
     netlink: &mut Netlink,
-    interfaces: &[&Interface],
-    is_kept: impl Fn(&str) -> bool,
-) -> Result<Vec<u32>> {
-    let mut present = present(Path::new(INTERFACES)).step("list the interfaces")?;
+    kept: &[Interface],
+    interfaces: &'a [Interface],
+    refused: &mut Refused,
+) -> Vec<&'a Interface> {
+    let is_kept = |name: &str| kept.iter().any(|interface| interface.name == name);
+    let present = present(Path::new(INTERFACES)).step("list the interfaces");
+    let Some(mut present) = refused.unless(present) else { return Vec::new() };
     present.retain(|(_, name, _)| !is_kept(name));
     let mut found = Vec::new();
-    for interface in interfaces {
-        let at = present.iter().position(|(_, _, mac)| *mac == interface.mac);
-        let at = at.ok_or_else(|| Error::NotFound(format!("interface for {}", interface.name)))?;
-        let (index, name, _) = present.remove(at);
-        found.push((index, name));
+    for interface in interfaces.iter().filter(|interface| !is_kept(&interface.name)) {
+        match present.iter().position(|(_, _, mac)| *mac == interface.mac) {
+            Some(at) => found.push((present.remove(at), interface)),
+            None => refused.0.push(Error::NotFound(format!("interface for {}", interface.name))),
+        }
     }
-    let misnamed: Vec<_> = found.iter().zip(interfaces).filter(|((_, name), wanted)| *name != wanted.name).collect();
     // Two interfaces may want each other's name, so all let go of theirs first.
-    for ((index, _), _) in &misnamed {
-        rename(netlink, *index, &format!("hull{index}"))?;
-    }
-    for ((index, _), wanted) in &misnamed {
-        rename(netlink, *index, &wanted.name)?;
-    }
-    Ok(found.into_iter().map(|(index, _)| index).collect())
+    found.retain(|((index, name, _), wanted)| {
+        *name == wanted.name || refused.is_done(rename(netlink, *index, &format!("hull{index}")))
+    });
+    found.retain(|((index, name, _), wanted)| {
+        *name == wanted.name || refused.is_done(rename(netlink, *index, &wanted.name))
+    });
+    found.into_iter().map(|(_, interface)| interface).collect()
 }
 
 /// The interfaces that there are, in the order in which they appeared: index, name, address.
@@ -293,17 +357,15 @@ fn zero_terminated(name: &str) -> Vec<u8> {
     bytes
 }
 
-/// Sets what there is; a guest's kernel may have been built without some of what the host's has.
-fn set_sysctls(sysctls: &HashMap<String, String>) -> Result<()> {
-    for (path, value) in sysctls {
-        match fs::write(Path::new(SYSCTLS).join(path), value) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                tracing::info!("the kernel has no sysctl net/{path}");
-            }
-            result => result.step_with(|| format!("set the sysctl net/{path} to {value:?}"))?,
+/// Sets a sysctl, if there is one; a guest's kernel may have been built without some of what the host's has.
+fn set_sysctl(path: &str, value: &str) -> Result<()> {
+    match fs::write(Path::new(SYSCTLS).join(path), value) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            tracing::info!("the kernel has no sysctl net/{path}");
+            Ok(())
         }
+        result => result.step_with(|| format!("set the sysctl net/{path} to {value:?}")),
     }
-    Ok(())
 }
 
 /// Brings an interface up, or changes one that is.
@@ -491,15 +553,124 @@ mod tests {
     #[test]
     fn an_update_needs_the_devices_of_interfaces_that_come_and_not_of_those_that_went() {
         let new = Network { interfaces: vec![eth7()], ..Network::default() };
-        let error = update(&Network::default(), &new).unwrap_err().to_string();
-        assert_eq!(error, "no such interface for eth7");
-        assert!(update(&new, &Network::default()).is_ok());
-        assert!(update(&Network::default(), &Network::default()).is_ok());
+        let (now, outcome) = update(&Network::default(), &new);
+        assert_eq!(outcome.unwrap_err().to_string(), "no such interface for eth7");
+        // It is looked for again.
+        assert_eq!(now, Network::default());
+        assert!(update(&new, &Network::default()).1.is_ok());
+        assert!(update(&Network::default(), &Network::default()).1.is_ok());
     }
 
     #[test]
-    fn what_went_is_what_the_new_list_has_not() {
-        assert_eq!(gone(&[1, 2, 3], &[3, 4]).collect::<Vec<_>>(), [&1, &2]);
+    fn what_a_step_fails_at_stays_as_it_was() {
+        let mut items = vec![1, 2, 3, 4];
+        let mut asked = Vec::new();
+        remove_others(&mut items, &[2], |item| {
+            asked.push(*item);
+            *item != 3
+        });
+        assert_eq!((&items[..], &asked[..]), (&[2, 3][..], &[4, 3, 1][..]));
+        add_missing(&mut items, &[2, 5, 6], |item| *item != 5);
+        assert_eq!(items, [2, 3, 6]);
+    }
+
+    #[test]
+    fn all_refusals_are_told_up_to_a_number() {
+        let refused = |count: usize| {
+            let errors = (0..count).map(|number| Error::failed(format!("step {number}"), "no"));
+            Refused(errors.collect()).into_result().unwrap_err().to_string()
+        };
+        assert_eq!(refused(1), "step 0: no");
+        assert_eq!(refused(2), "set up the network: step 0: no; step 1: no");
+        assert!(refused(MOST_TOLD + 2).ends_with("; step 7: no; and 2 more"));
+    }
+
+    /// Does `work` on a thread with a network and a view of it of its own, where this machine lets it.
+    fn elsewhere(work: impl FnOnce() + Send + 'static) {
+        let thread = std::thread::spawn(|| {
+            use nix::sched::CloneFlags;
+            use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+
+            if nix::sched::unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).is_err() {
+                eprintln!("skipped: this machine lets nobody make network namespaces");
+                return;
+            }
+            mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE).unwrap();
+            mount("sysfs", "/sys", "sysfs", MountFlags::empty(), None).unwrap();
+            work();
+        });
+        thread.join().unwrap();
+    }
+
+    /// The one interface that any namespace has, with addresses in 192.0.2.0/24.
+    fn lo(mtu: u32, hosts: &[u8]) -> Interface {
+        let address = |host: &u8| {
+            let address = [192, 0, 2, *host].into();
+            Address { address, prefix_length: 32, peer: None, broadcast: None, scope: 0 }
+        };
+        Interface { mac: [0; 6], name: "lo".into(), mtu, addresses: hosts.iter().map(address).collect(), ..eth7() }
+    }
+
+    /// A route to 198.51.`third`.0/24.
+    fn route(third: u8, preferred_source: Option<IpAddr>) -> Route {
+        let hop = NextHop { interface: "lo".into(), gateway: None, onlink: false, weight: 1 };
+        Route {
+            family: AF_INET,
+            destination: Some([198, 51, third, 0].into()),
+            prefix_length: 24,
+            source: None,
+            source_prefix_length: 0,
+            tos: 0,
+            table: 254,
+            protocol: 3,
+            scope: 253,
+            kind: 1,
+            priority: 0,
+            preferred_source,
+            next_hops: vec![hop],
+            metrics: Vec::new(),
+        }
+    }
+
+    /// The third bytes of the destinations of the main table's routes.
+    fn routes_of_the_kernel() -> Vec<u8> {
+        let table = fs::read_to_string("/proc/thread-self/net/route").unwrap();
+        let destinations = table.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1));
+        let third = |destination: &str| u8::from_str_radix(&destination[2..4], 16).unwrap();
+        let mut found: Vec<u8> = destinations.map(third).collect();
+        found.sort_unstable();
+        found
+    }
+
+    #[test]
+    fn what_is_refused_keeps_nothing_else_waiting_and_is_tried_again() {
+        elsewhere(|| {
+            // An MTU that no kernel takes, and a route from an address that is not there.
+            let routes = vec![route(1, None), route(2, Some([192, 0, 2, 9].into())), route(3, None)];
+            let missing = Interface { name: "eth7".into(), ..eth7() };
+            let interfaces = vec![missing, lo(u32::MAX, &[7])];
+            let sysctls = [("ipv4/ip_forward".to_owned(), "1".to_owned())].into();
+            let wanted = Network { interfaces, routes, sysctls, ..Network::default() };
+            // An interface that is down takes no routes; this one is up already.
+            set_up(&Network { interfaces: vec![lo(65_536, &[])], ..Network::default() }).unwrap();
+            let (now, outcome) = update(&Network::default(), &wanted);
+            let told = outcome.unwrap_err().to_string();
+            for step in ["no such interface for eth7", "bring up lo", "add the route to 198.51.2.0/24"] {
+                assert!(told.contains(step), "{step} is not in {told}");
+            }
+            assert_eq!((routes_of_the_kernel(), now.routes.len()), (vec![1, 3], 2));
+            assert_eq!((now.interfaces.len(), now.interfaces[0].mtu, &now.sysctls), (1, 0, &wanted.sysctls));
+
+            // With the next change what was refused is taken, and what went goes.
+            let interfaces = vec![lo(1400, &[7, 9])];
+            let routes = wanted.routes[1..].to_vec();
+            let wanted = Network { interfaces, routes, ..Network::default() };
+            let (now, outcome) = update(&now, &wanted);
+            outcome.unwrap();
+            assert_eq!(routes_of_the_kernel(), [2, 3]);
+            assert_eq!(fs::read_to_string("/sys/class/net/lo/mtu").unwrap(), "1400\n");
+            assert_eq!((now.routes.len(), now.interfaces), (2, wanted.interfaces));
+        });
     }
 
     #[test]

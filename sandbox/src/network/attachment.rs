@@ -100,6 +100,8 @@ pub(super) struct Joined {
     pub(super) link: Link,
     /// The tap's index.
     pub(super) tap: u32,
+    /// What the guest's device allows for: the MTU at which the interface came.
+    pub(super) most_mtu: u32,
     /// The device's name in the VMM.
     pub(super) device: String,
 }
@@ -156,6 +158,13 @@ impl Place {
         write_note(&self.note, &Note { redirected: Some(noted), cni: None })
     }
 
+    /// Removes the filter at an interface that was not taken in the end.
+    pub(super) fn let_go(&self, netlink: &mut Netlink, index: u32) {
+        remove_all(netlink, &[index]);
+        // There is an error to tell of already, and a number too many in the note does no harm.
+        let _ = self.forget(index);
+    }
+
     /// Takes note that an interface has no filter any more.
     pub(super) fn forget(&self, index: u32) -> Result<(), NetworkError> {
         self.change(|redirected| redirected.retain(|other| *other != index))
@@ -172,7 +181,7 @@ impl Place {
             clear(&mut netlink, link)?;
             self.change(|redirected| redirected.push(link.index))?;
             let (joined, end) = self.add_tap(&mut netlink, link, device).inspect_err(|_| {
-                remove_all(&mut netlink, &[link.index]);
+                self.let_go(&mut netlink, link.index);
             })?;
             let mut sysctls = sysctls::read(std::iter::once(link.name.as_str()));
             sysctls.retain(|path, _| path.split('/').any(|part| part == link.name));
@@ -207,7 +216,7 @@ impl Place {
         redirect::add(netlink, link.index, tap).map_err(step("redirect its traffic to the guest"))?;
         let mtu = u16::try_from(link.mtu).ok();
         let end = HostEnd { backend: NetBackend::Tap, queues, mac, mtu, link_down: !link.has_carrier };
-        Ok((Joined { link: link.clone(), tap, device }, end))
+        Ok((Joined { link: link.clone(), tap, most_mtu: link.mtu, device }, end))
     }
 }
 

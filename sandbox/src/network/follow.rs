@@ -20,7 +20,7 @@ use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with};
 use tokio::task::JoinHandle;
 
-use super::attachment::{HostEnd, Joined, MAX_INTERFACES, Place, describe_links, is_for_guest, remove_all};
+use super::attachment::{HostEnd, Joined, MAX_INTERFACES, Place, describe_links, is_for_guest};
 use super::describe::{self, Link};
 use super::error::{NetworkError, interface_step, namespace_step};
 use super::netlink::Netlink;
@@ -55,7 +55,7 @@ pub(super) struct Following(JoinHandle<()>);
 pub(super) struct Known {
     pub(super) place: Place,
     pub(super) joined: Vec<Joined>,
-    /// What the agent has been told.
+    /// What the agent has been told, and has done.
     pub(super) told: wire::Network,
     pub(super) agent: Agent,
     /// The VMM's control socket.
@@ -88,10 +88,7 @@ impl Follower {
     pub(super) fn start(self, known: Known) -> io::Result<Following> {
         let Self { socket, netlink } = self;
         let socket = tokio::net::UnixDatagram::from_std(socket)?;
-        let made = known.joined.len();
-        let sysctls = known.told.sysctls.clone();
-        let followed = Followed { netlink, made, refused: HashSet::new(), sysctls, known };
-        Ok(Following(tokio::spawn(follow(socket, followed))))
+        Ok(Following(tokio::spawn(follow(socket, Followed::new(netlink, known)))))
     }
 }
 
@@ -118,21 +115,50 @@ struct Followed {
     netlink: Netlink,
     /// How many interfaces there have been, for their devices' names.
     made: usize,
+    /// Taps of Hull's own: one stays for a while after its interface has gone, until the VMM has let go of it.
+    taps: HashSet<u32>,
     /// Those that could not be taken, of which it has been said.
     refused: HashSet<u32>,
     /// Those of the interfaces that there are. They announce no changes, so they stay as they were found.
     sysctls: HashMap<String, String>,
-    known: Known,
+    place: Place,
+    joined: Vec<Joined>,
+    /// What the guest has; None after the agent has refused a part of it.
+    told: Option<wire::Network>,
+    agent: Agent,
+    control: PathBuf,
 }
 
 impl Followed {
+    fn new(netlink: Netlink, known: Known) -> Self {
+        let Known { place, joined, told, agent, control } = known;
+        Self {
+            netlink,
+            made: joined.len(),
+            taps: joined.iter().map(|joined| joined.tap).collect(),
+            refused: HashSet::new(),
+            sysctls: told.sysctls.clone(),
+            place,
+            joined,
+            told: Some(told),
+            agent,
+            control,
+        }
+    }
+
+    /// Brings the guest up to what the namespace has. A step that fails keeps no other waiting; the first error is the one
+    /// to tell of.
     async fn catch_up(&mut self) -> Result<(), FollowError> {
         let links = describe::links(&mut self.netlink).map_err(namespace_step("list the interfaces"))?;
-        self.refused.retain(|index| links.iter().any(|link| link.index == *index));
-        self.part(&links).await?;
+        let is_here = |index: &u32| links.iter().any(|link| link.index == *index);
+        self.refused.retain(is_here);
+        self.taps.retain(is_here);
+        let parted = self.part(&links).await;
         for link in &links {
-            let known = self.known.joined.iter().any(|joined| [joined.link.index, joined.tap].contains(&link.index));
-            if known || self.refused.contains(&link.index) {
+            if self.joined.iter().any(|joined| joined.link.index == link.index)
+                || self.taps.contains(&link.index)
+                || self.refused.contains(&link.index)
+            {
                 continue;
             }
             let joined = match is_for_guest(link, &links) {
@@ -145,78 +171,98 @@ impl Followed {
                 tracing::warn!("an interface that has come is not taken: {error}");
             }
         }
-        self.adapt(&links).await?;
-        self.tell().await
+        let adapted = self.adapt(&links).await;
+        let told = self.tell().await;
+        parted.and(adapted).and(told)
     }
 
     /// Lets go of the interfaces that are not among `links` any more.
     async fn part(&mut self, links: &[Link]) -> Result<(), FollowError> {
         let is_here = |joined: &Joined| links.iter().any(|link| link.index == joined.link.index);
-        let (here, gone) = std::mem::take(&mut self.known.joined).into_iter().partition(is_here);
-        self.known.joined = here;
+        let (here, gone) = std::mem::take(&mut self.joined).into_iter().partition(is_here);
+        self.joined = here;
         let gone: Vec<Joined> = gone;
         if gone.is_empty() {
             return Ok(());
         }
+        let mut outcome = Ok(());
         for joined in &gone {
             let of_interface = |path: &String| path.split('/').any(|part| part == joined.link.name);
             self.sysctls.retain(|path, _| !of_interface(path));
-            self.known.place.forget(joined.link.index)?;
+            let forgotten = self.place.forget(joined.link.index);
+            outcome = outcome.and(forgotten.map_err(FollowError::from));
         }
         // Whatever the guest says of it: what is gone is gone.
         let told = self.tell().await;
+        outcome = outcome.and(told);
         for joined in gone {
-            self.unplug(&joined.device).await?;
+            let unplugged = self.unplug(&joined.device).await;
+            outcome = outcome.and(unplugged);
         }
-        told
+        outcome
     }
 
     /// Gives the guest an interface that has come.
     async fn join(&mut self, link: &Link) -> Result<(), FollowError> {
-        if self.known.joined.len() == MAX_INTERFACES {
+        if self.joined.len() == MAX_INTERFACES {
             return Err(NetworkError::TooMany { found: MAX_INTERFACES + 1, most: MAX_INTERFACES }.into());
         }
-        let (joined, end, sysctls) = self.known.place.join(link, format!("net{}", self.made))?;
+        let (joined, end, sysctls) = self.place.join(link, format!("net{}", self.made))?;
         self.made += 1;
+        self.taps.insert(joined.tap);
         let plugged = self.plug(&joined.device, end).await;
         if let Err(error) = plugged {
-            remove_all(&mut self.netlink, &[link.index]);
-            self.known.place.forget(link.index)?;
+            self.place.let_go(&mut self.netlink, link.index);
             return Err(error);
         }
-        self.known.joined.push(joined);
+        self.joined.push(joined);
         self.sysctls.extend(sysctls);
         Ok(())
     }
 
     /// Takes over the MTUs that interfaces have now, whether they do without ARP and whether their links are up.
     async fn adapt(&mut self, links: &[Link]) -> Result<(), FollowError> {
-        for at in 0..self.known.joined.len() {
-            let joined = &mut self.known.joined[at];
-            let Some(now) = links.iter().find(|link| link.index == joined.link.index) else { continue };
-            if now.mtu != joined.link.mtu {
-                redirect::resize(&mut self.netlink, joined.tap, now.mtu)
-                    .map_err(interface_step(&joined.link.name, "change the MTU of the tap beside it"))?;
-                joined.link.mtu = now.mtu;
-            }
-            joined.link.no_arp = now.no_arp;
-            if now.has_carrier != joined.link.has_carrier {
-                let request = Request::SetLink { id: joined.device.clone(), up: now.has_carrier };
-                self.call(request, Vec::new()).await?;
-                self.known.joined[at].link.has_carrier = now.has_carrier;
-            }
+        let mut outcome = Ok(());
+        for at in 0..self.joined.len() {
+            let Some(now) = links.iter().find(|link| link.index == self.joined[at].link.index) else { continue };
+            let resized = self.resize(at, now.mtu);
+            self.joined[at].link.no_arp = now.no_arp;
+            let set = self.set_carrier(at, now.has_carrier).await;
+            outcome = outcome.and(resized).and(set);
+        }
+        outcome
+    }
+
+    /// Takes over an MTU, as far as the guest's device allows for it.
+    fn resize(&mut self, at: usize, mtu: u32) -> Result<(), FollowError> {
+        let joined = &mut self.joined[at];
+        let mtu = mtu.min(joined.most_mtu);
+        if mtu != joined.link.mtu {
+            redirect::resize(&mut self.netlink, joined.tap, mtu)
+                .map_err(interface_step(&joined.link.name, "change the MTU of the tap beside it"))?;
+            joined.link.mtu = mtu;
+        }
+        Ok(())
+    }
+
+    async fn set_carrier(&mut self, at: usize, up: bool) -> Result<(), FollowError> {
+        let Joined { link, device, .. } = &self.joined[at];
+        if up != link.has_carrier {
+            self.call(Request::SetLink { id: device.clone(), up }, Vec::new()).await?;
+            self.joined[at].link.has_carrier = up;
         }
         Ok(())
     }
 
     /// Tells the agent what the namespace has, if that is news.
     async fn tell(&mut self) -> Result<(), FollowError> {
-        let links: Vec<Link> = self.known.joined.iter().map(|joined| joined.link.clone()).collect();
+        let links: Vec<Link> = self.joined.iter().map(|joined| joined.link.clone()).collect();
         let described = describe_links(&mut self.netlink, &links)?;
         let described = wire::Network { sysctls: self.sysctls.clone(), ..described };
-        if described != self.known.told {
-            self.known.agent.update_network(&described).await?;
-            self.known.told = described;
+        if self.told.as_ref() != Some(&described) {
+            self.told = None;
+            self.agent.update_network(&described).await?;
+            self.told = Some(described);
         }
         Ok(())
     }
@@ -230,7 +276,7 @@ impl Followed {
             return Err(ControlError::Connection(io::ErrorKind::InvalidData.into()).into());
         };
         let request = AddDeviceRequest { pci_address, ..Default::default() };
-        if let Err(error) = answer("AddDevice", self.known.agent.sandbox.add_device(long(), &request).await) {
+        if let Err(error) = answer("AddDevice", self.agent.sandbox.add_device(long(), &request).await) {
             self.unplug(device).await?;
             return Err(error.into());
         }
@@ -243,7 +289,7 @@ impl Followed {
             && let Some(found) = status.devices.into_iter().find(|found| found.id == device)
         {
             let request = RemoveDeviceRequest { pci_address: found.pci_address, ..Default::default() };
-            match answer("RemoveDevice", self.known.agent.sandbox.remove_device(short(), &request).await) {
+            match answer("RemoveDevice", self.agent.sandbox.remove_device(short(), &request).await) {
                 Err(error) if !error.is_not_found() => {
                     tracing::warn!("the guest does not let go of {device}: {error}");
                 }
@@ -255,7 +301,7 @@ impl Followed {
     }
 
     async fn call(&self, request: Request, files: Vec<OwnedFd>) -> Result<Response, ControlError> {
-        let control = self.known.control.clone();
+        let control = self.control.clone();
         // The VMM answers soon, but this thread has others to serve.
         let called = tokio::task::spawn_blocking(move || Control::connect(&control)?.call_with(&request, &files));
         called.await.map_err(|error| ControlError::Connection(error.into()))?
@@ -287,5 +333,155 @@ async fn drain(socket: &tokio::net::UnixDatagram) -> io::Result<()> {
             Err(error) if rustix::io::Errno::from_io_error(&error) == Some(rustix::io::Errno::NOBUFS) => {}
             Err(error) => return Err(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixListener;
+    use std::sync::mpsc;
+
+    use hull_vmm_api::control::{State, Status};
+    use netlink_packet_route::RouteNetlinkMessage;
+    use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+
+    use super::super::tests::{Namespace, namespace, noted};
+    use super::super::{NOTE, inside, open};
+    use super::*;
+
+    /// What is followed for a guest whose agent has died.
+    struct Scene {
+        namespace: Namespace,
+        followed: Followed,
+        /// What the VMM was asked.
+        asked: mpsc::Receiver<Request>,
+        dir: tempfile::TempDir,
+    }
+
+    /// A VMM that refuses to change anything.
+    fn refusing_vmm(socket: &std::path::Path) -> mpsc::Receiver<Request> {
+        let (tell, asked) = mpsc::channel();
+        let listener = UnixListener::bind(socket).unwrap();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = BufReader::new(stream.unwrap());
+                let mut line = String::new();
+                stream.read_line(&mut line).unwrap();
+                let request: Request = serde_json::from_str(&line).unwrap();
+                let response = match request {
+                    Request::Status => {
+                        Response::Status(Status { state: State::Running, cpus: 1, memory_mib: 64, devices: Vec::new() })
+                    }
+                    _ => Response::Error { message: "not today".to_owned() },
+                };
+                if tell.send(request).is_err() {
+                    return;
+                }
+                let answer = serde_json::to_string(&response).unwrap() + "\n";
+                stream.get_mut().write_all(answer.as_bytes()).unwrap();
+            }
+        });
+        asked
+    }
+
+    impl Scene {
+        fn new(namespace: Option<Namespace>) -> Option<Self> {
+            let namespace = namespace?;
+            let dir = tempfile::tempdir().unwrap();
+            let control = dir.path().join("control");
+            let asked = refusing_vmm(&control);
+            let handle = open(&namespace.path).unwrap();
+            let netlink = inside(&namespace.path, &handle, || Netlink::open().unwrap()).unwrap();
+            let place = Place::new(&namespace.path, handle, 1, dir.path().join(NOTE), Some((0, 0)));
+            let (stream, _) = tokio::net::UnixStream::pair().unwrap();
+            let agent = Agent::over(stream, &control);
+            let known = Known { place, joined: Vec::new(), told: wire::Network::default(), agent, control };
+            Some(Self { namespace, followed: Followed::new(netlink, known), asked, dir })
+        }
+
+        /// Has the guest have an interface from the start; answers what the VMM has of it.
+        fn take(&mut self, name: &str) -> HostEnd {
+            let links = describe::links(&mut self.namespace.netlink).unwrap();
+            let link = links.iter().find(|link| link.name == name).unwrap();
+            let device = format!("net-{name}");
+            let (joined, end, _) = self.followed.place.join(link, device).unwrap();
+            self.followed.taps.insert(joined.tap);
+            self.followed.joined.push(joined);
+            end
+        }
+
+        fn noted(&self) -> Vec<u32> {
+            noted(&self.dir.path().join(NOTE))
+        }
+
+        /// The devices that the VMM was asked to add, with a plus, or remove, with a minus.
+        fn asked(&self) -> Vec<String> {
+            let device = |request| match request {
+                Request::AddNet(net) => Some(format!("+{}", net.id)),
+                Request::RemoveDevice { id } => Some(format!("-{id}")),
+                _ => None,
+            };
+            self.asked.try_iter().filter_map(device).collect()
+        }
+    }
+
+    /// Runs in a runtime for this one thread.
+    fn run(work: impl Future<Output = ()>) {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work);
+    }
+
+    #[test]
+    fn all_that_has_gone_is_taken_off_the_bus_and_its_taps_are_nothing_that_has_come() {
+        run(async {
+            let Some(mut scene) = Scene::new(Namespace::new()) else { return };
+            // The VMM holds the taps, now and afterwards.
+            let _ends = ["eth0", "peer"].map(|name| scene.take(name));
+            assert_eq!(scene.noted().len(), 2);
+            let mut eth0 = LinkMessage::default();
+            eth0.header.index = scene.namespace.index("eth0").unwrap();
+            // Its other end goes with it.
+            scene.namespace.netlink.call(RouteNetlinkMessage::DelLink(eth0), 0).unwrap();
+            for (asked, is_done) in [(&["-net-eth0", "-net-peer"][..], false), (&[], true)] {
+                assert_eq!(scene.followed.catch_up().await.is_ok(), is_done);
+                assert_eq!(scene.asked(), asked);
+                assert!(scene.namespace.index("hull1").is_some() && scene.namespace.index("hull2").is_none());
+                assert_eq!((scene.noted(), scene.followed.refused.len()), (vec![], 0));
+            }
+        });
+    }
+
+    #[test]
+    fn an_interface_that_the_guest_does_not_get_is_let_go() {
+        run(async {
+            let Some(mut scene) = Scene::new(namespace()) else { return };
+            let eth0 = scene.namespace.index("eth0").unwrap();
+            for asked in [&["+net0"][..], &[]] {
+                scene.followed.catch_up().await.unwrap();
+                assert_eq!(scene.asked(), asked);
+                assert_eq!(scene.noted(), [0; 0]);
+                assert_eq!(scene.namespace.found(), redirect::Found::Nothing);
+                assert!(scene.followed.refused.contains(&eth0));
+            }
+        });
+    }
+
+    #[test]
+    fn an_mtu_is_taken_over_up_to_the_one_with_which_the_interface_came() {
+        run(async {
+            let Some(mut scene) = Scene::new(Namespace::new()) else { return };
+            let _ends = ["eth0", "peer"].map(|name| scene.take(name));
+            for (mtu, of_guest) in [(1600, 1450), (1400, 1400), (1500, 1450)] {
+                let mut change = LinkMessage::default();
+                change.header.index = scene.namespace.index("eth0").unwrap();
+                change.attributes.push(LinkAttribute::Mtu(mtu));
+                scene.namespace.netlink.call(RouteNetlinkMessage::SetLink(change), 0).unwrap();
+                scene.followed.catch_up().await.unwrap_err();
+                assert_eq!(scene.followed.joined[0].link.mtu, of_guest);
+                let links = describe::links(&mut scene.namespace.netlink).unwrap();
+                let tap = links.iter().find(|link| link.index == scene.followed.joined[0].tap).unwrap();
+                assert_eq!(tap.mtu, of_guest);
+            }
+        });
     }
 }

@@ -13,7 +13,7 @@ use super::describe::{self, Link};
 use super::redirect::{self, Found};
 use super::*;
 
-fn link(index: u32, name: &str) -> Link {
+pub(super) fn link(index: u32, name: &str) -> Link {
     Link {
         index,
         name: name.to_owned(),
@@ -77,16 +77,16 @@ fn a_sweep_of_nothing_does_nothing() {
 }
 
 /// A namespace that lives as long as its thread.
-struct Namespace {
-    path: PathBuf,
-    netlink: Netlink,
+pub(super) struct Namespace {
+    pub(super) path: PathBuf,
+    pub(super) netlink: Netlink,
     /// Closed to end the thread.
     _end: mpsc::Sender<()>,
 }
 
 impl Namespace {
     /// One with `eth0` (10.9.0.2/24, a default route) and its other end `peer`, both up.
-    fn new() -> Option<Self> {
+    pub(super) fn new() -> Option<Self> {
         let (ready, wait) = mpsc::channel();
         let (end, ended) = mpsc::channel::<()>();
         std::thread::spawn(move || {
@@ -142,7 +142,7 @@ impl Namespace {
         self.netlink.call(message, NLM_F_CREATE | NLM_F_EXCL).unwrap();
     }
 
-    fn index(&mut self, name: &str) -> Option<u32> {
+    pub(super) fn index(&mut self, name: &str) -> Option<u32> {
         describe::links(&mut self.netlink).unwrap().into_iter().find(|link| link.name == name).map(|link| link.index)
     }
 
@@ -155,7 +155,7 @@ impl Namespace {
     }
 
     /// Whether a filter of Hull's is at `eth0`, and where it leads.
-    fn found(&mut self) -> Found {
+    pub(super) fn found(&mut self) -> Found {
         let index = self.index("eth0").unwrap();
         redirect::look(&mut self.netlink, index).unwrap()
     }
@@ -176,7 +176,7 @@ pub(super) fn raise_loopback() {
 }
 
 /// A namespace whose one interface to take is `eth0`.
-fn namespace() -> Option<Namespace> {
+pub(super) fn namespace() -> Option<Namespace> {
     let mut namespace = Namespace::new()?;
     // The other end, which is in the host's namespace in real life.
     namespace.set_up("peer", false);
@@ -240,4 +240,21 @@ fn the_next_sandbox_removes_what_a_dead_one_left() {
     assert_eq!(namespace.found(), Found::Live);
     drop(attachment);
     assert!(!namespace.has_qdisc());
+}
+
+#[test]
+fn an_interface_that_vanishes_while_it_is_taken_is_named_and_leaves_nothing() {
+    let Some(mut namespace) = namespace() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let note = dir.path().join(NOTE);
+    let place = Place::new(&namespace.path, open(&namespace.path).unwrap(), 1, note.clone(), Some((0, 0)));
+    let error = place.join(&link(9999, "gone0"), "net0".to_owned()).unwrap_err().to_string();
+    assert!(error.starts_with("interface gone0: cannot ") && error.contains("it vanished"), "{error}");
+    assert_eq!(namespace.index("hull0"), None);
+    assert_eq!(noted(&note), [0; 0]);
+}
+
+/// The interfaces in a note.
+pub(super) fn noted(note: &Path) -> Vec<u32> {
+    serde_json::from_slice::<Note>(&std::fs::read(note).unwrap()).unwrap().redirected.unwrap().interfaces
 }

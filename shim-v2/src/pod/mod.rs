@@ -287,6 +287,9 @@ mod tests {
             bundle: String::new(),
             init: init.clone(),
             cpu_limit: None,
+            memory_limit: None,
+            oom_score_adj: None,
+            owns_processes: true,
             _followers: Followers::default(),
             execs: HashMap::from([("e".to_owned(), exec.clone())]),
         };

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -15,6 +15,8 @@ use crate::outcome::Outcome;
 
 /// Clients of the control socket at a time. Each may make the VMM hold a line of 64 KiB and some descriptors.
 const MAX_CLIENTS: usize = 16;
+/// How long nobody new is listened to after a client could not be accepted, in milliseconds.
+const RETRY_MS: i32 = 100;
 
 /// What is waited for.
 const TAG_ENDING: u64 = 0;
@@ -63,7 +65,7 @@ pub fn block_signals() -> io::Result<OwnedFd> {
 ///
 /// When the kernel refuses to wait, which it has no reason to.
 pub fn run(machine: &mut Machine, signals: &OwnedFd, tethers: Tethers) -> io::Result<Outcome> {
-    let mut driver = Driver { epoll: Epoll::new()?, clients: HashMap::new(), next_client: FIRST_CLIENT };
+    let mut driver = Driver::new()?;
     driver.watch(machine.ending().decided().as_raw_fd(), TAG_ENDING)?;
     driver.watch(signals.as_raw_fd(), TAG_SIGNAL)?;
     if let Some(lifeline) = &tethers.lifeline {
@@ -71,7 +73,7 @@ pub fn run(machine: &mut Machine, signals: &OwnedFd, tethers: Tethers) -> io::Re
     }
     if let Some(listener) = &tethers.control {
         listener.set_nonblocking(true)?;
-        driver.watch(listener.as_raw_fd(), TAG_LISTENER)?;
+        driver.listen(listener)?;
     }
     machine.resume();
     let outcome = driver.serve(machine, &tethers)?;
@@ -86,20 +88,33 @@ struct Driver {
     epoll: Epoll,
     clients: HashMap<u64, Client>,
     next_client: u64,
+    /// A client could not be accepted, most likely for want of descriptors: the listener is not watched for a while, since it
+    /// stays ready and would keep the thread busy.
+    tired: bool,
+    /// It was said that clients cannot be accepted.
+    complained: bool,
 }
 
 impl Driver {
+    fn new() -> io::Result<Self> {
+        let (epoll, clients) = (Epoll::new()?, HashMap::new());
+        Ok(Self { epoll, clients, next_client: FIRST_CLIENT, tired: false, complained: false })
+    }
+
     fn watch(&self, fd: RawFd, tag: u64) -> io::Result<()> {
         self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, tag))
+    }
+
+    fn listen(&mut self, listener: &UnixListener) -> io::Result<()> {
+        self.watch(listener.as_raw_fd(), TAG_LISTENER)?;
+        self.tired = false;
+        Ok(())
     }
 
     fn serve(&mut self, machine: &mut Machine, tethers: &Tethers) -> io::Result<Outcome> {
         let mut events = [EpollEvent::default(); 8];
         loop {
-            let count = match self.epoll.wait(-1, &mut events) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                result => result?,
-            };
+            let count = self.wait(&mut events, tethers.control.as_ref())?;
             for event in &events[..count] {
                 match event.data() {
                     TAG_ENDING => {}
@@ -116,8 +131,34 @@ impl Driver {
         }
     }
 
+    /// Waits for what there is to do; for nothing after the time for which the listener is not watched.
+    fn wait(&mut self, events: &mut [EpollEvent], listener: Option<&UnixListener>) -> io::Result<usize> {
+        loop {
+            let count = match self.epoll.wait(if self.tired { RETRY_MS } else { -1 }, events) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                result => result?,
+            };
+            match listener {
+                Some(listener) if self.tired && count == 0 => self.listen(listener)?,
+                _ => return Ok(count),
+            }
+        }
+    }
+
     fn accept(&mut self, tethers: &Tethers) {
-        let Some(Ok((stream, _))) = tethers.control.as_ref().map(UnixListener::accept) else { return };
+        if let Some(listener) = &tethers.control {
+            let accepted = listener.accept();
+            self.admit(accepted.map(|(stream, _)| stream), listener);
+        }
+    }
+
+    fn admit(&mut self, accepted: io::Result<UnixStream>, listener: &UnixListener) {
+        let stream = match accepted {
+            Ok(stream) => stream,
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => return,
+            Err(error) => return self.rest(&error, listener),
+        };
+        self.complained = false;
         if self.clients.len() >= MAX_CLIENTS {
             // The client finds its connection closed.
             return;
@@ -131,11 +172,44 @@ impl Driver {
         }
     }
 
+    /// Leaves the listener alone for a while.
+    fn rest(&mut self, error: &io::Error, listener: &UnixListener) {
+        if !std::mem::replace(&mut self.complained, true) {
+            log::warn(format_args!("cannot accept clients of the control socket for now: {error}"));
+        }
+        self.tired = self.epoll.ctl(ControlOperation::Delete, listener.as_raw_fd(), EpollEvent::default()).is_ok();
+    }
+
     fn serve_client(&mut self, tag: u64, machine: &mut Machine) {
         let Some(client) = self.clients.get_mut(&tag) else { return };
         if client.serve(machine) == Verdict::Gone {
             // Closing the stream takes it off the epoll set.
             self.clients.remove(&tag);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listener_for_whose_clients_there_is_no_descriptor_rests_for_a_while() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut driver = Driver::new().unwrap();
+        driver.listen(&listener).unwrap();
+        let mut events = [EpollEvent::default(); 8];
+        let _client = UnixStream::connect(&path).unwrap();
+        assert_eq!(driver.wait(&mut events, Some(&listener)).unwrap(), 1);
+        driver.admit(Err(io::Error::from_raw_os_error(libc::EMFILE)), &listener);
+        // The client is still there, and nothing says so.
+        assert_eq!(driver.epoll.wait(0, &mut events).unwrap(), 0);
+        // Nor is the listener forgotten.
+        assert_eq!(driver.wait(&mut events, Some(&listener)).unwrap(), 1);
+        assert_eq!(events[0].data(), TAG_LISTENER);
+        driver.admit(listener.accept().map(|(stream, _)| stream), &listener);
+        assert_eq!((driver.clients.len(), driver.tired), (1, false));
     }
 }

@@ -13,8 +13,8 @@
 //! `.`, `..` and names with a slash are refused; symbolic links are the guest's to follow; every name is opened with
 //! `O_NOFOLLOW` to stand for the file only (`O_PATH`), and for reading or writing only once it is known to be a regular file or a directory.
 //!
-//! **What it may hold.** Open files: half of the process's limit of descriptors, which is raised to its maximum
-//! ([`Fs::new`]). Known files: one per KiB of guest memory, no more than a guest has room for itself; they take no
+//! **What it may hold.** Open files: with all other shares together half of the process's limit of descriptors, which is raised
+//! to its maximum ([`Fs::new`]). Known files: one per KiB of guest memory, no more than a guest has room for itself; they take no
 //! descriptor but for the 4,096 used last (less where the limit is low), which a sweep every ten seconds
 //! gives back, and those removed while in use. Owners of locks: 4,096 at most, each with a descriptor. Watched files: 16,384.
 
@@ -40,12 +40,13 @@ mod worker;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 
 use hull_vmm_api::config::CachePolicy;
 use vm_memory::{GuestMemory as _, GuestMemoryRegion};
 
+use self::handles::Allowance;
 use self::host::Host;
 use self::policy::Policy;
 use self::session::Session;
@@ -76,8 +77,14 @@ const MOST_SAVED_NODES: usize = 4 << 20;
 const MOST_ANCHORS: u64 = 4096;
 /// Descriptors of owners of locks, at most.
 const MOST_OWNERS: u64 = 4096;
-/// Handles that any share may have, however low the limit of descriptors.
+/// Handles that shares may have, however low the limit of descriptors.
 const LEAST_HANDLES: u64 = 256;
+/// What part of the limit of descriptors each share may have for known files, and for owners of locks: with the shares of a
+/// container, of which there are up to three, something is left for the rest of the VMM.
+const PART_OF_DESCRIPTORS: u64 = 16;
+
+/// What the shares of the process may have open.
+static OPEN_FILES: OnceLock<Arc<Allowance>> = OnceLock::new();
 
 /// Why a directory cannot be shared.
 #[derive(Debug, thiserror::Error)]
@@ -118,6 +125,11 @@ enum Run {
     Paused(Box<Worker>),
 }
 
+/// How many files the guest may have open, with this limit of descriptors.
+fn most_handles(descriptors: u64) -> usize {
+    (descriptors / 2).clamp(LEAST_HANDLES, u64::from(u32::MAX)) as usize
+}
+
 impl Fs {
     /// A share of the directory `root`, also if that was opened with `O_PATH`. What is mounted below it is part of it, whenever it was mounted.
     ///
@@ -138,9 +150,9 @@ impl Fs {
         let descriptors = host::raise_descriptor_limit();
         let bounds = Bounds {
             nodes: MOST_SAVED_NODES,
-            anchors: (descriptors / 8).min(MOST_ANCHORS) as usize,
-            locks: (descriptors / 8).min(MOST_OWNERS) as usize,
-            handles: (descriptors / 2).clamp(LEAST_HANDLES, u64::from(u32::MAX)) as usize,
+            anchors: (descriptors / PART_OF_DESCRIPTORS).min(MOST_ANCHORS) as usize,
+            locks: (descriptors / PART_OF_DESCRIPTORS).min(MOST_OWNERS) as usize,
+            handles: OPEN_FILES.get_or_init(|| Allowance::new(most_handles(descriptors))).clone(),
         };
         let control = Arc::new(Control::new().map_err(FsError::EventFd)?);
         let rules = (Policy::new(cache), read_only);

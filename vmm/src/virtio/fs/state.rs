@@ -11,7 +11,7 @@ use fuse_backend_rs::api::filesystem::{Context, Entry};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::credentials::Credentials;
-use super::handles::Handles;
+use super::handles::{Allowance, Handles};
 use super::host::{Host, Stat};
 use super::inodes::{Inodes, Node, ROOT, Slot};
 use super::locks::Locks;
@@ -58,8 +58,8 @@ pub(super) struct Bounds {
     pub(super) nodes: usize,
     /// Descriptors that stand for known files.
     pub(super) anchors: usize,
-    /// Files that the guest has open.
-    pub(super) handles: usize,
+    /// Files that the guest has open, in all shares.
+    pub(super) handles: Arc<Allowance>,
     /// Descriptors of owners of locks.
     pub(super) locks: usize,
 }
@@ -83,7 +83,7 @@ impl State {
             read_only,
             private: None,
             inodes: Inodes::new(host, root, &stat, bounds.nodes, bounds.anchors),
-            handles: Handles::new(bounds.handles),
+            handles: Handles::new(bounds.handles.clone()),
             locks: Locks::new(host, wake, bounds.locks),
             watches: Watches::new(host),
             features: 0,

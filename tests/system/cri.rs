@@ -90,23 +90,15 @@ fn live(handler: &str) -> Seen {
 }
 
 #[test]
-fn containers_of_a_pod_share_what_is_the_pods() {
-    for handler in handlers_and_runc() {
-        let pod = Pod::start(handler, |_| {});
-        they_share_localhost_and_memory(handler, &pod);
-        they_see_a_config_map_change(handler, &pod);
-        pod.end();
-    }
-}
-
-#[test]
-fn a_container_is_reached_through_ports_and_probes() {
+fn a_pod_shares_memory_sees_its_config_map_change_and_is_reached_through_ports_and_probes() {
     for handler in handlers_and_runc() {
         let pod = Pod::start(handler, |config| {
             let mut mapping = PortMapping::new();
             (mapping.container_port, mapping.host_port) = (8080, HOST_PORT.into());
             config.port_mappings.push(mapping);
         });
+        they_share_localhost_and_memory(handler, &pod);
+        they_see_a_config_map_change(handler, &pod);
         a_host_port_leads_to_it(handler, &pod);
         statistics_count_what_goes_over_its_network(handler, &pod);
         port_forward_reaches_its_localhost(handler, &pod);

@@ -106,12 +106,14 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
-        self.0.set_paused(&request.id, true).await?;
+        let pod = self.0.clone();
+        detached(async move { pod.set_paused(&request.id, true).await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
-        self.0.set_paused(&request.id, false).await?;
+        let pod = self.0.clone();
+        detached(async move { pod.set_paused(&request.id, false).await }).await?;
         Ok(Empty::new())
     }
 
@@ -120,7 +122,8 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
-        self.0.kill(&request.id, &request.exec_id, request.signal, request.all).await?;
+        let pod = self.0.clone();
+        detached(async move { pod.kill(&request.id, &request.exec_id, request.signal, request.all).await }).await?;
         Ok(Empty::new())
     }
 
@@ -144,7 +147,8 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
-        self.0.update(&request.id, &request.resources.get_or_default().value).await?;
+        let pod = self.0.clone();
+        detached(async move { pod.update(&request.id, &request.resources.get_or_default().value).await }).await?;
         Ok(Empty::new())
     }
 

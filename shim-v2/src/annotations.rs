@@ -148,7 +148,11 @@ fn size_on(host_memory_mib: u64, annotations: &Annotations, limits: Limits, sett
         (bytes, base) => {
             let limited = base.unwrap_or(pod.overhead_mib.value.get()).saturating_add(bytes.div_ceil(MIB));
             // One without a limit is not to find less than in a pod where none has any.
-            if limits.memory_is_whole { limited } else { limited.max(guest.default_memory_mib.value.get()) }
+            if limits.memory_is_whole || base.is_some() {
+                limited
+            } else {
+                limited.max(guest.default_memory_mib.value.get())
+            }
         }
     };
     let memory_mib = memory_mib.saturating_add(limits.huge_pages_bytes.div_ceil(MIB));

@@ -14,7 +14,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use crate::events::timestamp;
 use crate::flags::Flags;
 use crate::process::Exit;
-use crate::{Trouble, launch, vm};
+use crate::{Trouble, launch, spec, vm};
 
 /// How long a shim may take to end by itself, of the 5 s that containerd gives for all of this.
 const EXIT_GRACE_SECONDS: i64 = 2;
@@ -40,9 +40,10 @@ fn clear(bundle: &Path, flags: &Flags) -> Result<Vec<u8>, Trouble> {
             let _ = std::fs::remove_file(socket);
         }
         vm::sweep(&host)?;
-        if let Ok(path) = std::fs::read_to_string(bundle.join(launch::CGROUP_FILE))
-            && let Ok(cgroup) = Cgroup::at(&path)
-        {
+        // The shim of an older release has not written it down.
+        let noted = std::fs::read_to_string(bundle.join(launch::CGROUP_FILE)).ok();
+        let cgroup = noted.or_else(|| spec::cgroup(&spec::read(bundle).ok()?));
+        if let Some(Ok(cgroup)) = cgroup.map(|path| Cgroup::at(&path)) {
             cgroup.remove_killed(CGROUP_GRACE);
         }
     }

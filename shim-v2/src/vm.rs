@@ -127,6 +127,11 @@ impl Vm {
         self.pid
     }
 
+    /// Whether the end has come; its process's number may be another's then.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.end.borrow().is_some()
+    }
+
     /// Does something with the tree that the guest sees.
     ///
     /// # Errors

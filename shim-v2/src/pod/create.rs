@@ -191,7 +191,8 @@ impl Pod {
     /// Creates a container in the pod's VM.
     async fn create_member(&self, request: &Create, spec: Spec, ends: Ends) -> Result<(Arc<Process>, Followers)> {
         let vm = self.vm()?;
-        let joined = if spec::owns_processes(&spec) == Some(false) { self.lock().target() } else { None };
+        let joins = spec::owns_processes(&spec) == Some(false) && !self.shares_processes();
+        let joined = if joins { self.lock().target() } else { None };
         let plan = Plan::new(request, self.memory_volumes.clone(), self.files());
         let prepared = vm.with_share(move |share| plan.prepare(share, spec)).await?;
         let created = match prepared {
@@ -249,8 +250,7 @@ impl Pod {
 }
 
 impl State {
-    /// The process, by its number in the guest, of the container whose processes one joins that is to be in a namespace which is there;
-    /// none where it is to be in the guest's, as all containers of a pod that shares its processes.
+    /// The guest's number of the first process of the container whose processes another one is to see; none where it is to see the pod's.
     ///
     /// containerd names a container of the pod (`kubectl debug --target`) by the process on the host, and all have the same. In a
     /// pod that does not share its processes it must be one that has a namespace of its own, and where that is one alone it is known.

@@ -17,34 +17,63 @@ pub(super) fn limit(resources: &LinuxResources) -> Option<Limit> {
     if limit == 0 { None } else { Some(u64::try_from(limit).ok()) }
 }
 
-/// Whether a machine with `machine_mib` can honour the change of a limit. It cannot grow, and who raises a limit above what it has counts
-/// on memory that is not there. One that was above it from the start was taken, as a limit above what a node has is.
-///
-/// # Errors
-///
-/// Says what the machine has.
-pub(super) fn check_change(before: Limit, after: Limit, machine_mib: u64) -> Result<()> {
-    match (before, after) {
-        (Some(before), Some(after)) if after > before && after.div_ceil(MIB) > machine_mib => {
-            Err(Error::State(format!(
-                "the pod's virtual machine has {machine_mib} MiB of memory and cannot grow to a limit of {} MiB; create the pod anew with \
-             that limit",
-                after.div_ceil(MIB)
-            )))
+/// What a pod has of memory, and what its containers may have of that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Budget {
+    /// Of the machine, in MiB.
+    pub(super) machine_mib: u64,
+    /// What of that is for the guest itself, in MiB.
+    pub(super) overhead_mib: u64,
+    /// The sum of the other containers' limits.
+    pub(super) others_bytes: u64,
+}
+
+impl Budget {
+    /// Whether the machine can honour the change of a limit. It cannot grow, and who raises a limit counts on memory that is not there where
+    /// all limits come to more than it has. One that was too large from the start was taken, as a limit above what a node has is.
+    ///
+    /// # Errors
+    ///
+    /// Says what the machine has.
+    pub(super) fn check(self, before: Limit, after: Limit) -> Result<()> {
+        let Self { machine_mib, overhead_mib, others_bytes } = self;
+        let (Some(before), Some(after)) = (before, after) else { return Ok(()) };
+        let all_mib = others_bytes.saturating_add(after).div_ceil(MIB);
+        if after <= before || all_mib.saturating_add(overhead_mib) <= machine_mib {
+            return Ok(());
         }
-        _ => Ok(()),
+        Err(Error::State(format!(
+            "the pod's virtual machine has {machine_mib} MiB of memory, {overhead_mib} of them for the guest itself, and cannot grow to \
+             limits of {all_mib} MiB in all; create the pod anew with them"
+        )))
     }
 }
 
 impl Pod {
-    /// Has the host's kernel value the VMM as what it holds: as the container of the pod that it would end last. Without a word of a
-    /// container's it stays as it is.
+    /// Whether the pod's machine can honour another limit of a container.
+    ///
+    /// # Errors
+    ///
+    /// Says what the machine has.
+    pub(super) fn check_memory(&self, container_id: &str, after: Limit) -> Result<()> {
+        let state = self.lock();
+        let Some(size) = &state.size else { return Ok(()) };
+        let others = state.containers.iter().filter(|(id, _)| *id != container_id);
+        let budget = Budget {
+            machine_mib: size.memory_mib,
+            overhead_mib: self.settings.pod.overhead_mib.value.get(),
+            others_bytes: others.filter_map(|(_, container)| container.memory_limit).fold(0, u64::saturating_add),
+        };
+        budget.check(state.container(container_id)?.memory_limit, after)
+    }
+
+    /// Gives the VMM the lowest OOM score adjustment of the pod's containers. It is left alone where none has one.
     pub(super) fn rank_for_oom(&self) {
         let (pid, score) = {
             let state = self.lock();
             let scores = state.containers.values().filter(|container| !container.init.is_virtual());
             let Some(score) = scores.filter_map(|container| container.oom_score_adj).min() else { return };
-            let Some(vm) = &state.vm else { return };
+            let Some(vm) = state.vm.as_ref().filter(|vm| !vm.has_ended()) else { return };
             (vm.pid(), score)
         };
         if let Err(error) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
@@ -71,17 +100,18 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_is_not_raised_above_what_the_machine_has() {
-        let refused = check_change(Some(64 * MIB), Some(4096 * MIB), 160).unwrap_err().to_string();
-        assert!(refused.contains("160 MiB") && refused.contains("4096 MiB"), "{refused}");
+    fn limits_are_not_raised_above_what_the_machine_has() {
+        let budget = Budget { machine_mib: 224, overhead_mib: 96, others_bytes: 64 * MIB };
+        let refused = budget.check(Some(64 * MIB), Some(65 * MIB)).unwrap_err().to_string();
+        assert!(refused.contains("224 MiB") && refused.contains("129 MiB in all"), "{refused}");
         for (before, after) in [
-            (Some(64 * MIB), Some(160 * MIB)),
+            (Some(32 * MIB), Some(64 * MIB)),
             (Some(64 * MIB), None),
             (None, Some(4096 * MIB)),
             (Some(8192 * MIB), Some(8192 * MIB)),
             (Some(8192 * MIB), Some(4096 * MIB)),
         ] {
-            check_change(before, after, 160).unwrap();
+            budget.check(before, after).unwrap();
         }
     }
 }

@@ -63,7 +63,7 @@ impl Pod {
         Ok(())
     }
 
-    /// Sends a signal. SIGKILL to a process of a guest that does not answer ends the VM.
+    /// Sends a signal. SIGKILL to a container of a guest that does not answer ends the VM.
     ///
     /// # Errors
     ///
@@ -91,7 +91,7 @@ impl Pod {
             Err(error) => match self.vm()?.explain(error).await {
                 Error::Gone(_) => Err(finished()),
                 // Nothing in it can be told apart any more, and who kills must get there.
-                error @ Error::Agent(AgentError::Silent { .. }) if signal == SIGKILL => {
+                error @ Error::Agent(AgentError::Silent { .. }) if signal == SIGKILL && exec_id.is_empty() => {
                     tracing::error!("the {} is killed with its virtual machine: {error}", process.name());
                     self.vm()?.kill().await;
                     Ok(())
@@ -184,9 +184,7 @@ impl Pod {
         let vm = self.vm()?;
         let memory_limit = memory::limit(&resources);
         if let Some(after) = memory_limit {
-            let state = self.lock();
-            let machine_mib = state.size.as_ref().map_or(u64::MAX, |size| size.memory_mib);
-            memory::check_change(state.container(container_id)?.memory_limit, after, machine_mib)?;
+            self.check_memory(container_id, after)?;
         }
         if let Some(rules) = resources.devices_mut() {
             spec::renumber_rules(rules, &vm.disks_of(container_id).await);

@@ -47,6 +47,8 @@ pub(super) struct Sandbox {
     cgroup: String,
     /// Of its containers, unless they bring their own. containerd makes them for its own sandboxer only.
     files: Vec<PodFile>,
+    /// Whether its containers see each other's processes.
+    shares_processes: bool,
     created_at: SystemTime,
     phase: watch::Sender<Phase>,
 }
@@ -216,6 +218,12 @@ impl Pod {
 }
 
 impl Pod {
+    /// Whether the containers of the pod see each other's processes, as far as is known: with containerd's own sandboxer each container
+    /// alone says what it wants.
+    pub(super) fn shares_processes(&self) -> bool {
+        self.lock().sandbox.as_ref().is_some_and(|sandbox| sandbox.shares_processes)
+    }
+
     /// The files of the pod's containers; none where containerd makes them.
     pub(super) fn files(&self) -> Vec<PodFile> {
         self.lock().sandbox.as_ref().map(|sandbox| sandbox.files.clone()).unwrap_or_default()
@@ -237,6 +245,7 @@ impl Sandbox {
                 spec::host_namespace_wanted(name, settings.pod.host_namespaces.value)?;
             }
         }
+        let shares_processes = modes.pid == NamespaceMode::POD.into();
         let netns = request.network_namespace;
         if !netns.is_empty() && !std::path::Path::new(&netns).exists() {
             return Err(Error::Invalid(format!("the network namespace {netns} does not exist")));
@@ -267,7 +276,14 @@ impl Sandbox {
             size: annotations::size(&notes, limits, settings)?,
             network_namespace: (!netns.is_empty()).then(|| netns.into()),
         };
-        Ok(Self { guest, cgroup, files, created_at: SystemTime::now(), phase: watch::Sender::new(Phase::Created) })
+        Ok(Self {
+            guest,
+            cgroup,
+            files,
+            shares_processes,
+            created_at: SystemTime::now(),
+            phase: watch::Sender::new(Phase::Created),
+        })
     }
 
     /// Notes the end, unless there has been one.

@@ -1,6 +1,7 @@
 //! Starts processes, and tells of their ends.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use containerd_shim_protos::events::task::{TaskExecStarted, TaskExit, TaskStart};
 use containerd_shim_protos::topics;
@@ -13,6 +14,9 @@ use crate::error::{Error, Result};
 use crate::events::timestamp;
 use crate::process::{Exit, Phase, Process, SIGKILL};
 use crate::streams::{Ends, Pumps};
+
+/// How long a process that has been killed may take to end, in a guest that may be hostile.
+const UNDO_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl Pod {
     /// Starts a container's first process, or another that has been registered.
@@ -132,6 +136,9 @@ async fn undo(guest: &GuestProcess) -> std::result::Result<(), AgentError> {
         Err(error) if !error.is_not_found() => return Err(error),
         _ => {}
     }
-    guest.wait().await?;
+    // The guest refuses to forget one that has not ended by then.
+    if let Ok(ended) = tokio::time::timeout(UNDO_TIMEOUT, guest.wait()).await {
+        ended?;
+    }
     guest.remove().await
 }

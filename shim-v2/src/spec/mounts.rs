@@ -38,10 +38,14 @@ pub(super) fn share_memory(mounts: &mut [Mount]) {
     }
 }
 
-/// Whether a file system of the node's is the one that a runtime makes for the shared memory of a pod. What else is mounted there is a volume.
+/// Whether a file system of the node's is the one that containerd (`…/sandboxes/ID/shm`) or CRI-O (`…/userdata/shm`) makes for the shared
+/// memory of a pod. What else is mounted there is a volume.
 fn is_shared_memory(source: &Path) -> bool {
-    let is_the_kubelets = |part: &OsStr| part.to_str().is_some_and(|part| part.starts_with("kubernetes.io~"));
-    source.ends_with("shm") && !source.iter().any(is_the_kubelets)
+    let above: Vec<&OsStr> = source.iter().rev().take(3).collect();
+    match above[..] {
+        [shm, id, sandboxes] => shm == "shm" && (sandboxes == "sandboxes" || id == "userdata"),
+        _ => false,
+    }
 }
 
 /// Gives every mount whose source is on the host one in the guest.
@@ -104,7 +108,7 @@ mod tests {
             { "destination": "/proc", "type": "proc", "source": "proc" },
             { "destination": "/etc/hosts", "type": "bind", "source": "/var/lib/hosts", "options": ["rbind", "ro"] },
             { "destination": "/data", "type": "none", "source": "/srv", "options": ["rbind"] },
-            { "destination": "/dev/shm", "type": "bind", "source": "/run/containerd/shm", "options": ["rbind"] },
+            { "destination": "/dev/shm", "type": "bind", "source": "/run/containerd/cri/sandboxes/1/shm", "options": ["rbind"] },
             { "destination": "/host/sys", "type": "bind", "source": "/sys/fs", "options": ["rbind"] },
             { "destination": "/own", "type": "bind", "source": "/srv", "options": ["rbind", "rprivate", "rw"] },
             { "destination": "/later", "type": "bind", "source": "/srv", "options": ["rbind", "rslave", "rro"] },
@@ -115,7 +119,8 @@ mod tests {
 
     #[test]
     fn a_volume_in_the_place_of_shared_memory_is_a_volume() {
-        for source in ["/k/pods/u/volumes/kubernetes.io~empty-dir/shm", "/srv", "/k/pods/u/volume-subpaths/shm/main/0"]
+        for source in
+            ["/k/pods/u/volumes/kubernetes.io~empty-dir/shm", "/data/shm", "/k/pods/u/volume-subpaths/shm/main/0"]
         {
             let mounts = json!([{ "destination": "/dev/shm", "type": "bind", "source": source, "options": ["rbind"] }]);
             assert_eq!(sources(&mounts), ["/share/0"], "{source}");

@@ -2,7 +2,7 @@
 //! namespace, and writes JSON.
 //!
 //! It has a process group of its own, which is killed with it where it takes too long. What it leaves running when it ends by
-//! itself, such as a daemon, goes on: that is not waited for, even if it has the plugin's output open.
+//! itself, such as a daemon, goes on: that is not waited for, or for a moment if it has the plugin's output open and the result is not there.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,6 +20,8 @@ use crate::console::printable;
 
 /// How long a plugin may take. Those that wait for a daemon of theirs take seconds.
 const TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the output of one that has ended may stay open without a whole result in it.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Most output that is read.
 const MAX_OUTPUT_BYTES: usize = 1 << 20;
 /// Where plugins are on the common distributions, unless `CNI_PATH` says otherwise.
@@ -96,14 +98,17 @@ impl Caller {
     /// Talks to a plugin until it has ended and said what it has to; false where it has not ended in time.
     fn wait(&self, child: &Child, talk: &mut Talk) -> io::Result<bool> {
         let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
-        let deadline = Instant::now() + self.timeout;
+        let mut deadline = Instant::now() + self.timeout;
         let mut ended = false;
         while !(ended && talk.is_over()) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
             }
-            ended |= talk.wait((!ended).then_some(pidfd.as_fd()), left)?;
+            if talk.wait((!ended).then_some(pidfd.as_fd()), left)? {
+                ended = true;
+                deadline = deadline.min(Instant::now() + LAST_WORDS);
+            }
         }
         Ok(ended)
     }

@@ -135,6 +135,9 @@ struct BpfAttach {
     attach_flags: u32,
 }
 
+/// How often a program is offered to the kernel.
+const LOAD_ATTEMPTS: usize = 10;
+
 /// Loads a program that decides over a cgroup's use of devices.
 pub(crate) fn bpf_load_device_program(program: &[BpfInstruction]) -> io::Result<OwnedFd> {
     let attributes = BpfLoad {
@@ -144,14 +147,28 @@ pub(crate) fn bpf_load_device_program(program: &[BpfInstruction]) -> io::Result<
         license: c"Apache-2.0".as_ptr() as u64,
         ..BpfLoad::default()
     };
-    // SAFETY: the kernel reads `insn_cnt` instructions and the licence, a C string; both live through the call.
-    let fd =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attributes, std::mem::size_of::<BpfLoad>()) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
+    until_not_interrupted(|| {
+        // SAFETY: the kernel reads `insn_cnt` instructions and the licence, a C string; both live through the call.
+        let fd = unsafe {
+            libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attributes, std::mem::size_of::<BpfLoad>())
+        };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call has just made this descriptor, and nobody else knows it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    })
+}
+
+/// Calls again where the verifier has given up with `EAGAIN`, as it does when a signal has come: those of children that end are many.
+fn until_not_interrupted<T>(mut load: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    for _ in 1..LOAD_ATTEMPTS {
+        match load() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            result => return result,
+        }
     }
-    // SAFETY: the call has just made this descriptor, and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    load()
 }
 
 /// Has the program decide for the cgroup whose directory is given, together with those attached before.
@@ -179,4 +196,25 @@ fn bpf_attachment(command: libc::c_int, cgroup: BorrowedFd<'_>, program: Borrowe
 
 fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_offered_again_until_the_kernel_has_looked_at_it() {
+        let loading = |answers: &[Result<i32, i32>]| {
+            let mut answers = answers.iter();
+            let mut calls = 0;
+            let result = until_not_interrupted(|| {
+                calls += 1;
+                answers.next().copied().unwrap_or(Err(libc::EAGAIN)).map_err(io::Error::from_raw_os_error)
+            });
+            (result.map_err(|error| error.raw_os_error()), calls)
+        };
+        assert_eq!(loading(&[Err(libc::EAGAIN), Err(libc::EAGAIN), Ok(7)]), (Ok(7), 3));
+        assert_eq!(loading(&[Err(libc::EINVAL)]), (Err(Some(libc::EINVAL)), 1));
+        assert_eq!(loading(&[]), (Err(Some(libc::EAGAIN)), LOAD_ATTEMPTS));
+    }
 }

@@ -17,8 +17,10 @@ fn an_image_is_pulled_from_a_registry_and_run() {
     hull(["image", "pull", &format!("{ADDRESS}/hull/other")]).run().failed(&["404"]);
     hull(["image", "pull", "hull/busybox:test"]).run().failed(&["names no registry"]);
 
-    // Whoever sits at a terminal is shown a bar for each layer.
-    let mut terminal = Terminal::run(["image", "pull", &reference]);
+    // Whoever sits at a terminal is shown a bar for each layer that comes; with a store of its own, all do.
+    let store = tempfile::tempdir().unwrap();
+    let store = store.path().to_str().unwrap();
+    let mut terminal = Terminal::run_with(&[("HULL_DATA_DIR", store)], ["image", "pull", &reference]);
     terminal.wait_for(" / ");
     terminal.wait_for("done");
     assert_eq!(terminal.finish(), 0);

@@ -218,7 +218,7 @@ fn the_guest_pings_and_has_the_servers_and_names_it_is_told() {
     assert!(status.success());
     let servers = resolv_conf("nameserver 127.0.0.53\n");
     let busybox = busybox();
-    let program = format!("cat /etc/resolv.conf; grep db /etc/hosts; ping -c 2 -W 20 {}", netns.host_address());
+    let program = format!("cat /etc/resolv.conf; grep -w db /etc/hosts; ping -c 2 -W 20 {}", netns.host_address());
     let args = ["run", "--rm", "--memory", "128", "--net", "user", "--dns", "192.0.2.7", "--add-host", "db:192.0.2.9"];
     let args = [&args[..], &[busybox.as_str(), "sh", "-c", &program]].concat();
     let said = hull_in(&netns, servers.path(), &args).run().ok();

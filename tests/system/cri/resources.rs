@@ -89,6 +89,13 @@ fn end_for_want_of_memory(container: &Container) -> String {
     })
 }
 
+fn is_not_ready_soon(handler: &str, pod: &Pod) {
+    eventually("the pod is not ready", || match pod.status().state {
+        1 => Ok(()),
+        state => Err(format!("{handler}: its state is {state}")),
+    });
+}
+
 /// Leaves a cgroup this much more than it has.
 fn limit(cgroup: &Path, more: i64) {
     let current: i64 = fs::read_to_string(cgroup.join("memory.current")).unwrap().trim().parse().unwrap();
@@ -109,10 +116,7 @@ fn a_machine_that_the_node_kills_for_want_of_memory_is_told_as_such() {
         for container in [&first, &second] {
             assert_eq!(end_for_want_of_memory(container), "137 OOMKilled", "{handler}");
         }
-        eventually("the pod is not ready", || match pod.status().state {
-            1 => Ok(()),
-            state => Err(format!("{handler}: its state is {state}")),
-        });
+        is_not_ready_soon(handler, &pod);
         pod.end();
     }
 }
@@ -127,10 +131,7 @@ fn a_pod_whose_shim_dies_is_not_ready_and_leaves_nothing() {
         let (shim, _) = processes.iter().find(|(_, program)| program.starts_with("containerd-shim-")).expect("a shim");
         kill(Pid::from_raw(shim.parse().unwrap()), Signal::SIGKILL).unwrap();
         container.ended();
-        eventually("the pod is not ready", || match pod.status().state {
-            1 => Ok(()),
-            state => Err(format!("{handler}: its state is {state}")),
-        });
+        is_not_ready_soon(handler, &pod);
         // Asserts that nothing is left.
         pod.end();
     }

@@ -111,6 +111,12 @@ pub(crate) struct Run {
     /// Limit what each process may use, such as nofile=1024:4096; -1 is no limit
     #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = crate::ulimit::parse)]
     pub ulimit: Vec<crate::ulimit::Limit>,
+    /// Give root in the container a capability that it has not, such as NET_ADMIN, or ALL
+    #[arg(long, value_name = "CAPABILITY,…", value_delimiter = ',', value_parser = crate::capabilities::parse)]
+    pub cap_add: Vec<crate::capabilities::Named>,
+    /// Take a capability from it, or ALL
+    #[arg(long, value_name = "CAPABILITY,…", value_delimiter = ',', value_parser = crate::capabilities::parse)]
+    pub cap_drop: Vec<crate::capabilities::Named>,
     /// The container's network: none; all interfaces of a namespace, netns:PATH; one that the CNI configuration of a
     /// name makes, cni:NAME; connections on the host by passt, user. By default run.network of Hull's settings, which is,
     /// unless set, the first that CNI has, else user where passt is installed, else none

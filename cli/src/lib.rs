@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod capabilities;
 mod commands;
 mod dns;
 pub mod image;

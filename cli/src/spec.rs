@@ -19,6 +19,8 @@ pub(crate) struct Program {
     pub additional_gids: Vec<u32>,
     pub terminal: bool,
     pub limits: Vec<Limit>,
+    /// What root of the container may have.
+    pub capabilities: Vec<&'static str>,
 }
 
 /// A mount of the container, beside the usual ones.
@@ -60,26 +62,10 @@ pub(crate) fn disk_node(index: usize) -> String {
     format!("/dev/vd{letter}")
 }
 
-/// docker's and podman's default capabilities; of `CAP_NET_RAW`, which ping needs in many images, only docker's.
-const CAPABILITIES: [&str; 12] = [
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_FOWNER",
-    "CAP_FSETID",
-    "CAP_KILL",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_NET_RAW",
-    "CAP_SETFCAP",
-    "CAP_SETGID",
-    "CAP_SETPCAP",
-    "CAP_SETUID",
-    "CAP_SYS_CHROOT",
-];
-
 /// The `process` object.
 pub(crate) fn process(program: &Program) -> Value {
     // What a user other than root gets by exec is decided by the file, so only root's sets are filled.
-    let held: &[&str] = if program.uid == 0 { &CAPABILITIES } else { &[] };
+    let held: &[&str] = if program.uid == 0 { &program.capabilities } else { &[] };
     json!({
         "terminal": program.terminal,
         "user": { "uid": program.uid, "gid": program.gid, "additionalGids": program.additional_gids },
@@ -87,7 +73,7 @@ pub(crate) fn process(program: &Program) -> Value {
         "env": program.env,
         "cwd": program.workdir,
         "capabilities": {
-            "bounding": CAPABILITIES, "effective": held, "permitted": held, "inheritable": [], "ambient": [],
+            "bounding": program.capabilities, "effective": held, "permitted": held, "inheritable": [], "ambient": [],
         },
         "rlimits": ulimit::rlimits(&program.limits),
         "noNewPrivileges": false,
@@ -130,7 +116,12 @@ pub(crate) fn container(
     for GuestMount { kind, source, destination, options } in extra {
         mounts.push(json!({ "destination": destination, "type": kind, "source": source, "options": options }));
     }
-    let mut devices = vec![json!({ "allow": false, "access": "rwm" })];
+    let mut devices = vec![
+        json!({ "allow": false, "access": "rwm" }),
+        // Whoever has the capability may make device nodes, and use none, as with docker and containerd.
+        json!({ "allow": true, "type": "c", "access": "m" }),
+        json!({ "allow": true, "type": "b", "access": "m" }),
+    ];
     if container.disks > 0 {
         // All block devices of the guest that can be written to are the container's disks; their major number is not known.
         devices.push(json!({ "allow": true, "type": "b", "access": "rw" }));
@@ -165,6 +156,7 @@ pub(crate) fn container(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::capabilities;
 
     fn program(uid: u32) -> Program {
         Program {
@@ -176,6 +168,7 @@ mod tests {
             additional_gids: vec![7],
             terminal: false,
             limits: Vec::new(),
+            capabilities: capabilities::held(&[], &[]).unwrap(),
         }
     }
 
@@ -214,7 +207,7 @@ mod tests {
             let linux = spec.linux().clone().unwrap();
             linux.resources().clone().unwrap().devices().clone().unwrap().len()
         };
-        assert_eq!((rules(0), rules(2)), (1, 2));
+        assert_eq!((rules(0), rules(2)), (3, 4));
         let spec = made(2, &[]);
         let nodes = spec.mounts().as_ref().unwrap().iter().filter(|mount| mount.destination().starts_with("/dev/vda"));
         assert_eq!(nodes.count(), 1);
@@ -222,9 +215,10 @@ mod tests {
 
     #[test]
     fn only_root_holds_capabilities() {
-        for (uid, held) in [(0, CAPABILITIES.len()), (1000, 0)] {
+        for (uid, held) in [(0, 12), (1000, 0)] {
             let process = process(&program(uid));
             assert_eq!(process["capabilities"]["effective"].as_array().unwrap().len(), held);
+            assert_eq!(process["capabilities"]["bounding"].as_array().unwrap().len(), 12);
         }
     }
 }

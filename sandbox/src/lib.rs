@@ -22,6 +22,7 @@
 
 pub mod agent;
 pub mod bare;
+mod broker;
 pub mod cgroup;
 pub mod config;
 mod console;

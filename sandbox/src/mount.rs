@@ -31,9 +31,10 @@ impl FileSystem {
         self.options.iter().any(|option| option == "ro")
     }
 
-    /// Mounts a file system of its own at `target`.
+    /// Mounts a file system of its own at `target`, whose device nodes nobody can open there.
     pub(crate) fn mount(&self, target: &Path) -> Result<(), Errno> {
-        let parsed = Options::parse(&self.options);
+        let mut parsed = Options::parse(&self.options);
+        parsed.flags |= MountFlags::NODEV;
         match self.mount_piecewise(&parsed, target) {
             // Kernels before 6.7 take an overlay's lower directories only as one text, which the new interface caps at 255 bytes.
             Err(Errno::INVAL) if self.fstype == "overlay" => self.mount_at_once(&parsed, target),

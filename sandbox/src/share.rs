@@ -14,7 +14,7 @@
 //! The mounts are made in a mount namespace of the owner's ([`enter_mount_namespace`]), so they end with it.
 
 use std::ffi::CString;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -488,9 +488,9 @@ fn overlay(layers: &[PathBuf], writable: Option<(&Path, &Path)>, target: &Path) 
                 Ok(()) | Err(Errno::INVAL) => {}
                 Err(errno) => return Err(errno),
             }
-            MountAttrFlags::empty()
+            MountAttrFlags::MOUNT_ATTR_NODEV
         }
-        None => MountAttrFlags::MOUNT_ATTR_RDONLY,
+        None => MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NODEV,
     };
     fsconfig_create(&context)?;
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
@@ -527,6 +527,7 @@ fn bind(volume: &Volume, target: &Path) -> Result<(), ShareError> {
             | rustix::mount::OpenTreeFlags::AT_RECURSIVE,
     )
     .map_err(|errno| failed(errno.into()))?;
+    without_devices(tree.as_fd()).map_err(failed)?;
     if *read_only {
         mounts::set_read_only(tree.as_fd()).map_err(failed)?;
     }
@@ -540,6 +541,15 @@ fn bind(volume: &Volume, target: &Path) -> Result<(), ShareError> {
     }
     rustix::mount::move_mount(&tree, "", rustix::fs::CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .map_err(|errno| mount_error(&source.display().to_string(), target, errno))
+}
+
+/// Lets nobody open a device through a tree of mounts: what a guest makes there must be of no use to its VMM.
+fn without_devices(tree: BorrowedFd<'_>) -> std::io::Result<()> {
+    match mounts::set_no_devices(tree) {
+        // Where the kernel cannot, the owner makes no devices ([`crate::broker`]).
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::NOSYS) => Ok(()),
+        result => result,
+    }
 }
 
 fn mount_error(what: &str, path: &Path, errno: Errno) -> ShareError {

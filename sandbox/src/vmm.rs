@@ -17,6 +17,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::process::{Child, Command};
 
+use crate::broker;
 use crate::config::SandboxConfig;
 use crate::console::Tail;
 use crate::disks::{DiskError, DiskFile, disk_name};
@@ -134,6 +135,7 @@ impl Vmm {
         };
         let control = fds.add_number(listen(&sockets.control)?.into());
         let lifeline = fds.add_number(lifeline_read);
+        let broker = fds.add_number(broker::start().map_err(VmmError::Spawn)?);
         let config_fd = fds.add_number(config_file(&vm)?);
 
         let mut command = Command::new(&host.vmm);
@@ -141,6 +143,7 @@ impl Vmm {
             .args(["--config-fd", &config_fd.to_string()])
             .args(["--control-fd", &control.to_string()])
             .args(["--lifeline-fd", &lifeline.to_string()])
+            .args(["--broker-fd", &broker.to_string()])
             .arg("--jail")
             .arg(share)
             .env_clear()

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -97,18 +97,24 @@ fn on_the_host(base: &Path, script: &str) -> Said {
     Said::new(output)
 }
 
-#[test]
-fn programs_observe_of_a_share_what_they_observe_of_the_file_system() {
+/// A directory with the program, and others of these names and for each way of caching.
+fn base(names: &[&str]) -> tempfile::TempDir {
     let base = tempfile::tempdir_in("/var/tmp").unwrap();
-    let base = base.path();
-    let _timed = Timed::new(base);
-    fs::set_permissions(base, fs::Permissions::from_mode(0o755)).unwrap();
-    for name in ["program", "tree", "host"].iter().chain(EVERY) {
-        fs::create_dir(base.join(name)).unwrap();
+    fs::set_permissions(base.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    for name in names.iter().chain(&["program"]).chain(EVERY) {
+        fs::create_dir(base.path().join(name)).unwrap();
     }
     for (name, content) in PROGRAM {
-        fs::write(base.join("program").join(name), content).unwrap();
+        fs::write(base.path().join("program").join(name), content).unwrap();
     }
+    base
+}
+
+#[test]
+fn programs_observe_of_a_share_what_they_observe_of_the_file_system() {
+    let base = base(&["tree", "host"]);
+    let base = base.path();
+    let _timed = Timed::new(base);
     let host = lines(on_the_host(
         base,
         "python3 program/cases.py tree:tree
@@ -143,10 +149,15 @@ fn programs_observe_of_a_share_what_they_observe_of_the_file_system() {
         ])
         .run(),
     );
+    let sections: Vec<_> = EVERY.iter().map(|section| (*section, "host")).chain([("tree", "tree")]).collect();
+    compare(&guest, &host, &sections);
+}
+
+/// Compares sections of the guest's lines with those of the host's.
+fn compare(guest: &Lines, host: &Lines, sections: &[(&str, &str)]) {
     let mut wrong = String::new();
-    for section in EVERY.iter().chain(&["tree"]) {
-        let expected = &host[if *section == "tree" { "tree" } else { "host" }];
-        let found = &guest[*section];
+    for (section, on_host) in sections {
+        let (found, expected) = (&guest[*section], &host[*on_host]);
         assert!(found.len() > 1, "{section} has {} cases", found.len());
         assert!(found.keys().eq(expected.keys()), "{section} has the cases {:?}", found.keys());
         for (case, steps) in expected {
@@ -162,4 +173,32 @@ fn programs_observe_of_a_share_what_they_observe_of_the_file_system() {
         }
     }
     assert!(wrong.is_empty(), "on the host, but in the guest:\n{wrong}");
+}
+
+/// What takes capabilities of the host is done by the VMM's owner: device nodes, and attributes for administrators.
+#[test]
+fn administrators_make_devices_and_set_attributes_as_on_the_file_system() {
+    let base = base(&["host"]);
+    let base = base.path();
+    let environment = ["ADMINISTRATOR=1", "CASE=nodes,trusted,security"];
+    let host =
+        lines(on_the_host(base, &format!("env {} {} python3 program/cases.py host", environment[0], environment[1])));
+    let volume = |name: &str, options: &str| format!("{}:/{name}{options}", base.join(name).display());
+    let volumes = EVERY.iter().map(|name| volume(name, &format!(":cache={name}"))).chain([volume("program", ":ro")]);
+    let mut arguments: Vec<String> =
+        ["run", "--rm", "--memory", "256", "--cap-add", "MKNOD,SYS_ADMIN"].map(str::to_owned).into();
+    arguments.extend(volumes.flat_map(|volume| ["-v".to_owned(), volume]));
+    arguments.extend(environment.iter().flat_map(|variable| ["-e".to_owned(), (*variable).to_owned()]));
+    arguments.extend([debian(), "python3".to_owned(), "/program/cases.py".to_owned()]);
+    arguments.extend(EVERY.iter().map(|name| format!("/{name}")));
+    // The container's root, which is an overlay on the host.
+    arguments.push("/tmp".to_owned());
+    let guest = lines(hull(arguments.iter().map(String::as_str)).run());
+    assert!(!host["host"]["device_nodes"].contains("EPERM"), "the host lets nobody make devices");
+    let sections: Vec<_> = EVERY.iter().chain(&["tmp"]).map(|section| (*section, "host")).collect();
+    compare(&guest, &host, &sections);
+    // What a guest has made its host can see.
+    let seen = fs::symlink_metadata(base.join("auto/device_nodes/null")).unwrap();
+    assert!(seen.file_type().is_char_device());
+    assert_eq!(seen.rdev(), rustix::fs::makedev(1, 3));
 }

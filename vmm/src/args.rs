@@ -15,6 +15,7 @@ Usage: hull-vmm (--config FILE | --config-fd N) [options]
   --config FILE     read the configuration (JSON) from a file
   --config-fd N     read it from an inherited descriptor
   --control-fd N    serve the control protocol on this listening Unix socket
+  --broker-fd N     on this socket, ask the caller for what shares need capabilities of the host for
   --lifeline-fd N   end at once when the other end of this pipe is closed
   --kvm-fd N        use this open /dev/kvm instead of opening it
   --jail DIR        see nothing of the host but DIR, a mount point, as the root directory, and be nobody; takes root,
@@ -58,6 +59,8 @@ pub struct RunArgs {
     pub config: ConfigSource,
     /// Listening control socket.
     pub control_fd: Option<RawFd>,
+    /// Whom shares ask for what takes capabilities of the host.
+    pub broker_fd: Option<RawFd>,
     /// The caller's lifeline.
     pub lifeline_fd: Option<RawFd>,
     /// An open `/dev/kvm`.
@@ -101,7 +104,7 @@ pub enum ArgsError {
 pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, ArgsError> {
     let mut arguments = arguments;
     let (mut file, mut config_fd, mut control_fd, mut lifeline_fd, mut kvm_fd) = (None, None, None, None, None);
-    let (mut jail, mut filter) = (None, true);
+    let (mut broker_fd, mut jail, mut filter) = (None, None, true);
     while let Some(argument) = arguments.next() {
         let Some(option) = OPTIONS.into_iter().find(|option| argument == *option) else {
             return match argument.to_str() {
@@ -122,6 +125,7 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, ArgsE
         };
         let value = arguments.next().ok_or(ArgsError::MissingValue(option))?;
         let twice = match option {
+            "--broker-fd" => broker_fd.replace(descriptor(option, value)?).is_some(),
             "--config" => file.replace(PathBuf::from(value)).is_some(),
             "--config-fd" => config_fd.replace(descriptor(option, value)?).is_some(),
             "--control-fd" => control_fd.replace(descriptor(option, value)?).is_some(),
@@ -138,11 +142,12 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, ArgsE
         (None, Some(fd)) => ConfigSource::Fd(fd),
         _ => return Err(ArgsError::Config),
     };
-    Ok(Command::Run(RunArgs { config, control_fd, lifeline_fd, kvm_fd, jail, filter }))
+    Ok(Command::Run(RunArgs { config, control_fd, broker_fd, lifeline_fd, kvm_fd, jail, filter }))
 }
 
 /// Options that take a value.
-const OPTIONS: [&str; 6] = ["--config", "--config-fd", "--control-fd", "--jail", "--lifeline-fd", "--kvm-fd"];
+const OPTIONS: [&str; 7] =
+    ["--broker-fd", "--config", "--config-fd", "--control-fd", "--jail", "--lifeline-fd", "--kvm-fd"];
 
 fn descriptor(option: &'static str, value: OsString) -> Result<RawFd, ArgsError> {
     let number = value.to_str().and_then(|text| text.parse().ok()).filter(|fd| *fd >= 0);
@@ -160,10 +165,11 @@ mod tests {
     #[test]
     fn all_options_are_understood() {
         assert_eq!(
-            parsed("--config-fd 3 --control-fd 4 --lifeline-fd 5 --kvm-fd 6"),
+            parsed("--config-fd 3 --control-fd 4 --lifeline-fd 5 --kvm-fd 6 --broker-fd 7"),
             Ok(Command::Run(RunArgs {
                 config: ConfigSource::Fd(3),
                 control_fd: Some(4),
+                broker_fd: Some(7),
                 lifeline_fd: Some(5),
                 kvm_fd: Some(6),
                 jail: None,

@@ -67,6 +67,9 @@ fn run(arguments: &RunArgs) -> Result<ExitCode, Failure> {
     };
     let kvm = kvm::open(take(arguments.kvm_fd, "--kvm-fd")?).map_err(|error| failure(ExitCode::NoKvm)(&error))?;
     let json = read_config(&arguments.config)?;
+    if let Some(socket) = take(arguments.broker_fd, "--broker-fd")? {
+        fs::use_broker(socket);
+    }
     if let Some(root) = &arguments.jail {
         let descriptors = jail::enter(root).map_err(|error| host(&error))?;
         fs::use_descriptors(descriptors);

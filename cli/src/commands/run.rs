@@ -108,7 +108,8 @@ fn plan(args: Run, network: &str, host: Host, settings: &Settings) -> Result<Pre
     let streams = streams(&args.process)?;
     let guest_user = guest_user(&args.process, image.as_ref(), &root);
     let program = program(&args.process, image.as_ref(), &root, command)?;
-    let program = Program { limits: args.ulimit, ..program };
+    let capabilities = crate::capabilities::held(&args.cap_add, &args.cap_drop)?;
+    let program = Program { limits: args.ulimit, capabilities, ..program };
     let hostname = args.hostname.unwrap_or_else(|| id.clone());
     let mounts = Mounts::parse(&args.volume, &args.mount, &args.tmpfs, &args.disk)?;
     let mut mounted = mounts.images().map(|reference| store.resolve(reference)).collect::<Result<Vec<_>, _>>()?;
@@ -266,6 +267,7 @@ fn program(
         additional_gids: user.additional_gids,
         terminal: options.tty,
         limits: Vec::new(),
+        capabilities: Vec::new(),
     })
 }
 

@@ -15,6 +15,15 @@ pub fn set_read_only(tree: BorrowedFd<'_>) -> io::Result<()> {
     set(tree, &libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 })
 }
 
+/// Lets nobody open a device through a tree of mounts, all that is mounted below its root included.
+///
+/// # Errors
+///
+/// As [`set_read_only`].
+pub fn set_no_devices(tree: BorrowedFd<'_>) -> io::Result<()> {
+    set(tree, &libc::mount_attr { attr_set: libc::MOUNT_ATTR_NODEV, attr_clr: 0, propagation: 0, userns_fd: 0 })
+}
+
 /// Has a tree of mounts follow no other: what is mounted below its source, or unmounted, from now on is not so in the tree.
 ///
 /// # Errors

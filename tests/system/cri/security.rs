@@ -58,6 +58,8 @@ fn a_container_has_the_rights_that_its_pod_names_and_no_others() {
         "uid=1234 gid=2345 groups=2345,3456,4567",
         "touch: /file: Read-only file system",
         "mkdir: can't create directory '/new': Operation not supported",
+        "character special file 1:3 640\nwc: ",
+        "head: /disk: Operation not permitted",
         "unshared\nanswered\nechoed",
         "\nrw\nrw\n0\nwritten\nmounted\n",
     ] {
@@ -70,7 +72,9 @@ fn a_container_has_the_rights_that_its_pod_names_and_no_others() {
 fn confined(pod: &Pod) -> String {
     // Each is in every guest and on every node.
     let script = "wc -c </proc/version; ls /sys/kernel | wc -l; echo 1 >/proc/sys/vm/overcommit_memory; touch /etc/new; \
-                  unshare -U true; mkdir /new && echo made; grep 'open files' /proc/self/limits";
+                  unshare -U true; mkdir /new && echo made; grep 'open files' /proc/self/limits; \
+                  mknod -m 640 /null c 1 3 && echo nothing >/null && stat -c '%F %t:%T %a' /null; \
+                  mknod /disk b 7 300 && head -c1 /disk";
     rights(pod, "confined", script, |config| {
         let security = config.security();
         security.seccomp = Some(SecurityProfile::runtime_default()).into();

@@ -152,6 +152,23 @@ def device_nodes(t):
         t(label, os.mknod, label, kind | 0o600, os.makedev(major, minor))
         t(label + "_look", os.lstat, label)
         t(label + "_number", lambda: (os.major(os.lstat(label).st_rdev), os.minor(os.lstat(label).st_rdev)))
+    t("there", os.mknod, "null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    t("write", write, "null", b"x", os.O_WRONLY)
+    t("nobodys", os.open, "far", os.O_RDONLY)
+    os.umask(0o027)
+    t("masked", os.mknod, "masked", stat.S_IFBLK | 0o6666, os.makedev(7, 300))
+    t("masked_look", os.lstat, "masked")
+    os.mkdir("d")
+    os.chown("d", 5, 6)
+    os.chmod("d", 0o2777)
+    t("of_group", os.mknod, "d/null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    t("of_group_look", os.lstat, "d/null")
+    t("change", lambda: (os.chown("d/null", 7, 8), os.chmod("d/null", 0o640), os.rename("d/null", "moved")))
+    t("changed", os.lstat, "moved")
+    t("link", os.link, "moved", "linked")
+    t("attribute", os.setxattr, "moved", "user.a", b"1")
+    t("unlink", lambda: (os.unlink("moved"), os.unlink("linked")))
+    t("names", names)
 
 
 @case

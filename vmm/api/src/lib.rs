@@ -8,6 +8,7 @@
 //! VMM to describe a VM.
 #![forbid(unsafe_code)]
 
+pub mod broker;
 pub mod config;
 pub mod control;
 pub mod exit;

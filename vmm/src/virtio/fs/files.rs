@@ -10,9 +10,11 @@ use fuse_backend_rs::api::filesystem::{
 };
 use fuse_backend_rs::file_buf::FileVolatileSlice;
 use fuse_backend_rs::file_traits::FileReadWriteVolatile;
+use hull_vmm_api::broker::Request;
 
+use super::broker::Broker;
 use super::handles::Handle;
-use super::host::Stat;
+use super::host::{Stat, XATTR_MAX};
 use super::inodes::Slot;
 use super::policy::LOCAL_LOCKS;
 use super::state::{State, errno};
@@ -272,14 +274,31 @@ impl State {
     pub(super) fn get_xattr(&mut self, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
         let slot = self.inodes.resolve(node)?;
         let fd = self.inodes.anchor(slot)?;
-        let (value, len) = self.host.get_xattr(fd, name, size)?;
+        let (value, len) = match &self.broker {
+            Some(broker) if Broker::is_trusted(name) => {
+                let value = broker.ask(fd, &Request::GetAttribute { name: name.to_bytes() })?;
+                let len = value.len();
+                (value, len)
+            }
+            _ => self.host.get_xattr(fd, name, size)?,
+        };
+        within(size, len)?;
         Ok(if size == 0 { GetxattrReply::Count(len as u32) } else { GetxattrReply::Value(value) })
     }
 
     pub(super) fn list_xattrs(&mut self, node: u64, size: u32) -> io::Result<ListxattrReply> {
         let slot = self.inodes.resolve(node)?;
         let fd = self.inodes.anchor(slot)?;
-        let (names, len) = self.host.list_xattrs(fd, size)?;
+        let (names, len) = match &self.broker {
+            Some(broker) => {
+                let (mut names, _) = self.host.list_xattrs(fd, XATTR_MAX as u32)?;
+                names.extend(broker.ask(fd, &Request::ListTrusted)?);
+                let len = names.len();
+                (names, len)
+            }
+            None => self.host.list_xattrs(fd, size)?,
+        };
+        within(size, len)?;
         Ok(if size == 0 { ListxattrReply::Count(len as u32) } else { ListxattrReply::Names(names) })
     }
 
@@ -300,14 +319,29 @@ impl State {
             self.create_as(context, 0)?;
         }
         self.keep_set_id(!kill_set_gid);
-        self.host.set_xattr(fd, name, value, flags)
+        match (self.host.set_xattr(fd, name, value, flags), &self.broker) {
+            (Err(error), Some(broker)) if Broker::may_help(&error, name) => {
+                broker.ask(fd, &Request::SetAttribute { name: name.to_bytes(), value, flags }).map(drop)
+            }
+            (result, _) => result,
+        }
     }
 
     pub(super) fn remove_xattr(&mut self, node: u64, name: &CStr) -> io::Result<()> {
         let slot = self.inodes.resolve(node)?;
         let fd = self.inodes.anchor(slot)?;
-        self.host.remove_xattr(fd, name)
+        match (self.host.remove_xattr(fd, name), &self.broker) {
+            (Err(error), Some(broker)) if Broker::may_help(&error, name) => {
+                broker.ask(fd, &Request::RemoveAttribute { name: name.to_bytes() }).map(drop)
+            }
+            (result, _) => result,
+        }
     }
+}
+
+/// Refuses an answer of `len` bytes for which there is not enough room; none at all asks for its length only.
+fn within(size: u32, len: usize) -> io::Result<()> {
+    if size != 0 && len > size as usize { Err(errno(libc::ERANGE)) } else { Ok(()) }
 }
 
 /// Whether a user's change leaves set-user-ID bits alone, where the request has no flag that says so. Who has the capability

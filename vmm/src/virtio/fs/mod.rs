@@ -18,6 +18,7 @@
 //! descriptor but for the 4,096 used last (less where the limit is low), which a sweep every ten seconds
 //! gives back, and those removed while in use. Owners of locks: 4,096 at most, each with a descriptor. Watched files: 16,384.
 
+mod broker;
 mod credentials;
 mod directories;
 mod extensions;
@@ -46,6 +47,7 @@ use std::sync::{Arc, OnceLock};
 use hull_vmm_api::config::CachePolicy;
 use vm_memory::{GuestMemory as _, GuestMemoryRegion};
 
+use self::broker::Broker;
 use self::handles::Allowance;
 use self::host::Host;
 use self::policy::Policy;
@@ -107,6 +109,12 @@ pub enum FsError {
 /// be called before the first share is made.
 pub fn use_descriptors(descriptors: OwnedFd) {
     Host::use_descriptors(descriptors);
+}
+
+/// Has all shares ask by `socket` for what takes capabilities of the host ([`hull_vmm_api::broker`]). To be called before the first share
+/// is made.
+pub fn use_broker(socket: OwnedFd) {
+    Broker::of_process_is(socket);
 }
 
 /// A shared directory.

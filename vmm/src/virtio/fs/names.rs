@@ -2,10 +2,11 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID};
 use fuse_backend_rs::api::filesystem::{Context, Entry};
+use hull_vmm_api::broker::Request;
 
 use super::files::{Opened, PASSED_FLAGS};
 use super::handles::Handle;
@@ -54,10 +55,30 @@ impl State {
         self.create_as(context, umask)?;
         match *what {
             Make::Directory { mode } => self.host.make_directory(directory, name, mode & 0o7777)?,
-            Make::Node { mode, device } => self.host.make_node(directory, name, mode, device)?,
+            Make::Node { mode, device } => self.make_node(context, (directory, name), (mode, device), umask)?,
             Make::Symlink { target } => self.host.make_symlink(target, directory, name)?,
         }
         self.enter_at(parent, name)
+    }
+
+    fn make_node(
+        &self,
+        context: &Context,
+        (directory, name): (RawFd, &CStr),
+        (mode, device): (u32, u32),
+        umask: u32,
+    ) -> io::Result<()> {
+        let is_device = matches!(mode & libc::S_IFMT, libc::S_IFCHR | libc::S_IFBLK);
+        match (self.host.make_node(directory, name, mode, device), self.broker.as_deref()) {
+            // But for what overlayfs marks removed files with, devices take a capability.
+            (Err(error), Some(broker)) if is_device && error.raw_os_error() == Some(libc::EPERM) => {
+                let owner = (context.uid, context.gid);
+                broker
+                    .ask(directory, &Request::MakeNode { name: name.to_bytes(), mode, device, owner, umask })
+                    .map(drop)
+            }
+            (result, _) => result,
+        }
     }
 
     /// Makes a regular file, or takes the one that is there, and opens it.

@@ -10,6 +10,7 @@ use std::time::Duration;
 use fuse_backend_rs::api::filesystem::{Context, Entry};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::broker::Broker;
 use super::credentials::Credentials;
 use super::handles::{Allowance, Handles};
 use super::host::{Host, Stat};
@@ -27,6 +28,8 @@ const INODE_BITS: u32 = 48;
 /// A share's root and rules, its tables, and its thread's identity.
 pub(super) struct State {
     pub(super) host: Host,
+    /// Who does what takes capabilities of the host, if there is somebody.
+    pub(super) broker: Option<Arc<Broker>>,
     pub(super) policy: Policy,
     pub(super) read_only: bool,
     /// What directories two levels below the root are called that nobody else has.
@@ -79,6 +82,7 @@ impl State {
         }
         Ok(Self {
             host,
+            broker: Broker::of_process(),
             policy,
             read_only,
             private: None,

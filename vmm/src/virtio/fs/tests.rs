@@ -82,7 +82,12 @@ fn share(root: &Path, read_only: bool, cache: CachePolicy) -> Fs {
 fn bench_with(read_only: bool, cache: CachePolicy) -> Option<Bench> {
     let root = tempfile::tempdir().unwrap();
     fs::set_permissions(root.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let mut fs = share(root.path(), read_only, cache);
+    let fs = share(root.path(), read_only, cache);
+    bench_of(fs, root)
+}
+
+/// The same, of a share made ready.
+fn bench_of(mut fs: Fs, root: tempfile::TempDir) -> Option<Bench> {
     let memory = memory(0x60_0000);
     let hiprio = DriverQueue::new(&memory, 0, HIPRIO_SIZE);
     let driver = DriverQueue::new(&memory, 0x1_0000, REQUEST_SIZE);
@@ -114,6 +119,7 @@ macro_rules! require {
 
 // Below the macro, which it needs.
 mod attributes;
+mod broker;
 mod locks;
 mod watches;
 

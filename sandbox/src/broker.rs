@@ -1,0 +1,366 @@
+//! What the VMM's file server asks of its owner, since it has no capability of the host itself ([`hull_vmm_api::broker`]).
+//!
+//! A guest may have taken over the VMM, so a request is obeyed only where it gives a guest nothing over a container that has the
+//! same capabilities on the host:
+//!
+//! * a device node comes into being only on a mount that lets nobody open one (`MOUNT_ATTR_NODEV`), as are all that the VMM sees
+//!   ([`crate::share`]): the VMM cannot open what it has asked for;
+//! * attributes that the host's own kernel judges by stay the host's ([`HOSTS_OWN`]), and nothing is kept in file systems whose attributes
+//!   lie in the host's memory without a limit ([`IN_MEMORY`]).
+//!
+//! Why there is somebody to ask is told in `docs/decisions/0019-an-owner-acts-for-a-jailed-file-server.md`.
+
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use hull_vmm_api::broker::{REQUEST_MAX, Request, TRUSTED, VALUE_MAX, answer_to_bytes};
+use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FileType, Mode, StatVfsMountFlags, XattrFlags, fstatfs, fstatvfs, mknodat};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, SocketFlags,
+    SocketType, recvmsg, send, socketpair,
+};
+use rustix::thread::{CapabilitiesSecureBits, capabilities_secure_bits, set_capabilities_secure_bits};
+
+/// Attributes in the namespace `security.` that the host's kernel goes by: labels of security modules, signatures, capabilities of programs. The
+/// last the VMM sets itself.
+const HOSTS_OWN: [&[u8]; 7] = [
+    b"security.SMACK64",
+    b"security.apparmor",
+    b"security.bpf.",
+    b"security.capability",
+    b"security.evm",
+    b"security.ima",
+    b"security.selinux",
+];
+/// File systems that keep attributes in memory, as many as anybody sets (linux/magic.h): tmpfs, sysfs, and cgroups of both versions.
+const IN_MEMORY: [i64; 4] = [0x0102_1994, 0x6265_6572, 0x0027_e0eb, 0x6367_7270];
+/// What a thread needs: it allocates its messages.
+const STACK_BYTES: usize = 64 * 1024;
+
+/// Starts a thread that obeys a VMM until that ends, and returns the VMM's end of the connection.
+///
+/// # Errors
+///
+/// Fails where no socket or thread can be made.
+pub(crate) fn start() -> io::Result<OwnedFd> {
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    std::thread::Builder::new().name("broker".to_owned()).stack_size(STACK_BYTES).spawn(move || serve(&ours))?;
+    Ok(theirs)
+}
+
+fn serve(socket: &OwnedFd) {
+    // Most VMMs never ask, and then nothing is set up.
+    if poll(&mut [PollFd::new(socket, PollFlags::IN)], None).is_err() {
+        return;
+    }
+    let can_make_nodes = take_on_any_owner();
+    let mut buffer = vec![0; REQUEST_MAX];
+    while let Some((len, file)) = receive(socket, &mut buffer) {
+        let outcome = match (Request::parse(&buffer[..len]), &file) {
+            (Some(request), Some(file)) => obey(file.as_fd(), &request, can_make_nodes),
+            _ => Err(Errno::INVAL),
+        };
+        let answer = answer_to_bytes(outcome.as_deref().map_err(|errno| errno.raw_os_error()));
+        if send(socket, &answer, SendFlags::NOSIGNAL).is_err() {
+            return;
+        }
+    }
+}
+
+/// Lets the calling thread make files for other users: with a umask of its own, and capabilities that a change of user leaves alone. Returns
+/// whether it can.
+fn take_on_any_owner() -> bool {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).is_ok()
+        && capabilities_secure_bits()
+            .and_then(|bits| set_capabilities_secure_bits(bits | CapabilitiesSecureBits::NO_SETUID_FIXUP))
+            .is_ok()
+}
+
+/// The length of the next request, and the descriptor beside it; `None` at the end, or for one that is too long.
+fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Option<(usize, Option<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let message = loop {
+        match recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            result => break result.ok()?,
+        }
+    };
+    let file = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut files) => files.next(),
+        _ => None,
+    });
+    let whole = message.bytes > 0 && !message.flags.contains(ReturnFlags::TRUNC);
+    whole.then_some((message.bytes, file))
+}
+
+fn obey(file: BorrowedFd<'_>, request: &Request<'_>, can_make_nodes: bool) -> Result<Vec<u8>, Errno> {
+    match *request {
+        Request::MakeNode { .. } if !can_make_nodes => Err(Errno::PERM),
+        Request::MakeNode { name, mode, device, owner, umask } => make_node(file, name, (mode, device), owner, umask),
+        Request::GetAttribute { name } if !name.starts_with(TRUSTED) => Err(Errno::PERM),
+        Request::GetAttribute { name } => get_attribute(file, name),
+        Request::ListTrusted => list_trusted(file),
+        Request::SetAttribute { name, .. } | Request::RemoveAttribute { name } if !is_the_guests(name) => {
+            Err(Errno::PERM)
+        }
+        Request::SetAttribute { name, value, flags } => {
+            if IN_MEMORY.contains(&i64::from(fstatfs(file)?.f_type)) {
+                return Err(Errno::OPNOTSUPP);
+            }
+            let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
+            rustix::fs::setxattr(path_of(file), name, value, flags).map(|()| Vec::new())
+        }
+        Request::RemoveAttribute { name } => rustix::fs::removexattr(path_of(file), name).map(|()| Vec::new()),
+    }
+}
+
+/// Whether a guest may set the attribute.
+fn is_the_guests(name: &[u8]) -> bool {
+    name.starts_with(TRUSTED) || name.starts_with(b"security.") && !HOSTS_OWN.iter().any(|own| name.starts_with(own))
+}
+
+fn make_node(
+    directory: BorrowedFd<'_>,
+    name: &[u8],
+    (mode, device): (u32, u32),
+    (user, group): (u32, u32),
+    umask: u32,
+) -> Result<Vec<u8>, Errno> {
+    let kind = FileType::from_raw_mode(mode);
+    if !matches!(kind, FileType::CharacterDevice | FileType::BlockDevice)
+        || matches!(name, b"." | b"..")
+        || name.contains(&b'/')
+    {
+        return Err(Errno::INVAL);
+    }
+    if !fstatvfs(directory)?.f_flag.contains(StatVfsMountFlags::NODEV) {
+        return Err(Errno::PERM);
+    }
+    let (user, group) = (Uid::from_raw(user), Gid::from_raw(group));
+    rustix::process::umask(Mode::from_raw_mode(umask & 0o777));
+    // The group comes first, and the answer of each is who it was before: asking twice tells whether it is so.
+    let home = (setfsgid(group), setfsuid(user));
+    let taken = (setfsgid(group), setfsuid(user)) == (group, user);
+    let made = if taken {
+        mknodat(directory, name, kind, Mode::from_raw_mode(mode & 0o7777), u64::from(device))
+    } else {
+        Err(Errno::PERM)
+    };
+    setfsgid(home.0);
+    setfsuid(home.1);
+    made.map(|()| Vec::new())
+}
+
+fn get_attribute(file: BorrowedFd<'_>, name: &[u8]) -> Result<Vec<u8>, Errno> {
+    let mut value = vec![0; VALUE_MAX];
+    let len = rustix::fs::getxattr(path_of(file), name, &mut value)?;
+    value.truncate(len);
+    Ok(value)
+}
+
+fn list_trusted(file: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
+    let mut names = vec![0; VALUE_MAX];
+    let len = rustix::fs::listxattr(path_of(file), &mut names)?;
+    let trusted = names[..len].split_inclusive(|byte| *byte == 0).filter(|name| name.starts_with(TRUSTED));
+    Ok(trusted.flatten().copied().collect())
+}
+
+/// A path that leads to the very file, were it a symbolic link: calls on attributes take no descriptor that only stands for a file.
+fn path_of(file: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+    use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+    use std::path::Path;
+
+    use hull_sandbox_sys::mounts;
+    use hull_vmm_api::broker::parse_answer;
+    use rustix::fs::{CWD, OFlags, makedev};
+    use rustix::mount::{OpenTreeFlags, open_tree};
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, recv, sendmsg};
+
+    use super::*;
+
+    /// A VMM: asks, as [`start`] lets it.
+    struct Vmm(OwnedFd);
+
+    impl Vmm {
+        /// Of root; `None` where the test is run by somebody else.
+        fn new() -> Option<Self> {
+            if !rustix::process::geteuid().is_root() {
+                eprintln!("skipped: only root can give what takes capabilities");
+                return None;
+            }
+            Some(Self(start().unwrap()))
+        }
+
+        fn ask(&self, file: impl AsFd, request: &Request<'_>) -> Result<Vec<u8>, i32> {
+            self.send(&request.to_bytes(), &[file.as_fd()])
+        }
+
+        fn send(&self, message: &[u8], files: &[BorrowedFd<'_>]) -> Result<Vec<u8>, i32> {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            assert!(files.is_empty() || control.push(SendAncillaryMessage::ScmRights(files)));
+            sendmsg(&self.0, &[io::IoSlice::new(message)], &mut control, SendFlags::NOSIGNAL).unwrap();
+            let mut answer = vec![0; 2 * VALUE_MAX];
+            let (len, _) = recv(&self.0, &mut answer[..], RecvFlags::empty()).unwrap();
+            parse_answer(&answer[..len]).expect("an answer").map(<[u8]>::to_vec)
+        }
+    }
+
+    fn errno(errno: Errno) -> Result<Vec<u8>, i32> {
+        Err(errno.raw_os_error())
+    }
+
+    const NULL: u32 = 0x103;
+    const DISK: u32 = 0o060_000;
+    const CHARACTERS: u32 = 0o020_000;
+
+    fn node(name: &[u8], mode: u32) -> Request<'_> {
+        Request::MakeNode { name, mode, device: NULL, owner: (1001, 1002), umask: 0o027 }
+    }
+
+    /// The directory as a mount of its own without a place, which lets nobody open a device.
+    fn without_devices(directory: &Path) -> OwnedFd {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let tree = open_tree(CWD, directory, flags).unwrap();
+        mounts::set_no_devices(tree.as_fd()).unwrap();
+        tree
+    }
+
+    #[test]
+    fn a_device_is_made_only_where_nobody_can_open_it() {
+        let Some(vmm) = Vmm::new() else { return };
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let open = File::open(dir.path()).unwrap();
+        assert_eq!(vmm.ask(&open, &node(b"null", CHARACTERS | 0o666)), errno(Errno::PERM));
+        let closed = without_devices(dir.path());
+        assert_eq!(vmm.ask(&closed, &node(b"null", CHARACTERS | 0o666)), Ok(Vec::new()));
+        let made = fs::symlink_metadata(dir.path().join("null")).unwrap();
+        assert!(made.file_type().is_char_device());
+        assert_eq!((made.rdev(), made.mode() & 0o7777), (makedev(1, 3), 0o640));
+        assert_eq!((made.uid(), made.gid()), (1001, 1002));
+        let opened = rustix::fs::openat(&closed, "null", OFlags::RDONLY, Mode::empty());
+        assert_eq!(opened.unwrap_err(), Errno::ACCESS);
+        assert_eq!(vmm.ask(&closed, &node(b"null", CHARACTERS)), errno(Errno::EXIST));
+        // In a directory that passes on its group.
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o2755)).unwrap();
+        std::os::unix::fs::chown(dir.path(), None, Some(77)).unwrap();
+        assert_eq!(vmm.ask(&closed, &node(b"disk", DISK | 0o600)), Ok(Vec::new()));
+        let made = fs::symlink_metadata(dir.path().join("disk")).unwrap();
+        assert_eq!((made.uid(), made.gid(), made.file_type().is_block_device()), (1001, 77, true));
+    }
+
+    #[test]
+    fn nothing_but_devices_is_made_and_nothing_elsewhere() {
+        let Some(vmm) = Vmm::new() else { return };
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        fs::create_dir(dir.path().join("a")).unwrap();
+        let closed = without_devices(dir.path());
+        for kind in [0, 0o010_000, 0o040_000, 0o100_000, 0o120_000, 0o140_000] {
+            assert_eq!(vmm.ask(&closed, &node(b"x", kind | 0o600)), errno(Errno::INVAL), "{kind:o}");
+        }
+        for name in [&b"."[..], b"..", b"a/b", b"/tmp/b"] {
+            assert_eq!(vmm.ask(&closed, &node(name, CHARACTERS)), errno(Errno::INVAL), "{name:?}");
+        }
+        let file = File::create(dir.path().join("file")).unwrap();
+        assert!(vmm.ask(&file, &node(b"x", CHARACTERS)).is_err());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn attributes_for_administrators_are_kept() {
+        let Some(vmm) = Vmm::new() else { return };
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let path = dir.path().join("file");
+        File::create(&path).unwrap();
+        // As the VMM holds files: such a descriptor only stands for one.
+        let file =
+            fs::OpenOptions::new().read(true).custom_flags(OFlags::PATH.bits().cast_signed()).open(&path).unwrap();
+        let set = |name, value| vmm.ask(&file, &Request::SetAttribute { name, value, flags: 0 });
+        let get = |name| vmm.ask(&file, &Request::GetAttribute { name });
+        assert_eq!(get(b"trusted.a"), errno(Errno::NODATA));
+        assert_eq!(set(b"trusted.a", b"1\x002"), Ok(Vec::new()));
+        assert_eq!(set(b"trusted.b", b""), Ok(Vec::new()));
+        assert_eq!(set(b"security.hull", b"3"), Ok(Vec::new()));
+        rustix::fs::setxattr(&path, "user.c", b"4", XattrFlags::empty()).unwrap();
+        assert_eq!(get(b"trusted.a"), Ok(b"1\x002".to_vec()));
+        let mut listed = vmm.ask(&file, &Request::ListTrusted).unwrap();
+        listed.sort_unstable();
+        let mut expected = b"trusted.a\0trusted.b\0".to_vec();
+        expected.sort_unstable();
+        assert_eq!(listed, expected);
+        let create = Request::SetAttribute { name: b"trusted.a", value: b"", flags: 1 };
+        assert_eq!(vmm.ask(&file, &create), errno(Errno::EXIST));
+        let strange = Request::SetAttribute { name: b"trusted.a", value: b"", flags: 8 };
+        assert_eq!(vmm.ask(&file, &strange), errno(Errno::INVAL));
+        for name in [&b"trusted.a"[..], b"trusted.b", b"security.hull"] {
+            assert_eq!(vmm.ask(&file, &Request::RemoveAttribute { name }), Ok(Vec::new()));
+            assert_eq!(vmm.ask(&file, &Request::RemoveAttribute { name }), errno(Errno::NODATA));
+        }
+    }
+
+    #[test]
+    fn a_link_has_attributes_of_its_own() {
+        let Some(vmm) = Vmm::new() else { return };
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let (target, link) = (dir.path().join("target"), dir.path().join("link"));
+        File::create(&target).unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        let link = rustix::fs::open(&link, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty()).unwrap();
+        let request = Request::SetAttribute { name: b"trusted.a", value: b"1", flags: 0 };
+        assert_eq!(vmm.ask(&link, &request), Ok(Vec::new()));
+        assert_eq!(rustix::fs::getxattr(&target, "trusted.a", &mut [0; 8][..]), Err(Errno::NODATA));
+        assert_eq!(vmm.ask(&link, &Request::GetAttribute { name: b"trusted.a" }), Ok(b"1".to_vec()));
+    }
+
+    #[test]
+    fn what_the_host_judges_by_is_not_the_guests() {
+        let Some(vmm) = Vmm::new() else { return };
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let file = File::create(dir.path().join("file")).unwrap();
+        let others: [&[u8]; 5] =
+            [b"user.a", b"system.posix_acl_access", b"security", b"security.SMACK64EXEC", b"security.bpf.policy"];
+        for name in HOSTS_OWN.iter().chain(&others) {
+            let set = Request::SetAttribute { name, value: b"1", flags: 0 };
+            assert_eq!(vmm.ask(&file, &set), errno(Errno::PERM));
+            assert_eq!(vmm.ask(&file, &Request::RemoveAttribute { name }), errno(Errno::PERM));
+            assert_eq!(vmm.ask(&file, &Request::GetAttribute { name }), errno(Errno::PERM));
+        }
+        let in_memory = tempfile::tempfile_in("/dev/shm").unwrap();
+        let set = Request::SetAttribute { name: b"trusted.a", value: b"1", flags: 0 };
+        assert_eq!(vmm.ask(&in_memory, &set), errno(Errno::OPNOTSUPP));
+    }
+
+    #[test]
+    fn a_message_that_is_no_request_is_answered_and_harms_nobody() {
+        let Some(vmm) = Vmm::new() else { return };
+        let file = tempfile::tempfile_in("/var/tmp").unwrap();
+        let list = Request::ListTrusted.to_bytes();
+        for message in [&b"x"[..], &[0xff; 100], &[0; 28], &list[..27]] {
+            assert_eq!(vmm.send(message, &[file.as_fd()]), errno(Errno::INVAL));
+        }
+        assert_eq!(vmm.send(&list, &[]), errno(Errno::INVAL), "no file");
+        assert_eq!(vmm.send(&list, &[file.as_fd(); 4]), Ok(Vec::new()), "the first file counts");
+        let socket = std::os::unix::net::UnixDatagram::unbound().unwrap();
+        let set = Request::SetAttribute { name: b"trusted.a", value: b"1", flags: 0 };
+        assert!(vmm.ask(&socket, &set).is_err(), "no file at all");
+        assert_eq!(vmm.ask(&file, &Request::ListTrusted), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn one_that_is_too_long_ends_the_conversation() {
+        let Some(vmm) = Vmm::new() else { return };
+        rustix::net::send(&vmm.0, &vec![0; REQUEST_MAX + 1], SendFlags::NOSIGNAL).unwrap();
+        assert_eq!(recv(&vmm.0, &mut [0; 8][..], RecvFlags::empty()).unwrap().0, 0);
+    }
+}

@@ -29,7 +29,6 @@ const EVERY: &[&str] = &["never", "auto", "always"];
 
 /// What is known to differ from ext4, whatever the caching: the case, and why. docs/compatibility.md tells users.
 const KNOWN: &[(&str, &str)] = &[
-    ("collapse_and_insert", "FUSE in the guest's kernel passes on no other fallocate(2) than to keep, punch and zero"),
     ("epoll_of_files", "FUSE in the guest's kernel lets files be polled, ext4 does not"),
     ("inode_flags", "requests of ioctl(2) are not passed on: what they mean is the host's affair"),
     ("open_direct_unaligned", "the file bypasses the guest's cache, not the host's, so nothing needs alignment"),
@@ -180,21 +179,41 @@ fn compare(guest: &Lines, host: &Lines, sections: &[(&str, &str)]) {
 fn administrators_make_devices_and_set_attributes_as_on_the_file_system() {
     let base = base(&["host"]);
     let base = base.path();
-    let environment = ["ADMINISTRATOR=1", "CASE=nodes,trusted,security"];
-    let host =
-        lines(on_the_host(base, &format!("env {} {} python3 program/cases.py host", environment[0], environment[1])));
+    let (administrator, cases) = ("ADMINISTRATOR=1", "CASE=device,trusted,security");
+    let host = lines(on_the_host(base, &format!("env {administrator} {cases} python3 program/cases.py host")));
     let volume = |name: &str, options: &str| format!("{}:/{name}{options}", base.join(name).display());
-    let volumes = EVERY.iter().map(|name| volume(name, &format!(":cache={name}"))).chain([volume("program", ":ro")]);
-    let mut arguments: Vec<String> =
-        ["run", "--rm", "--memory", "256", "--cap-add", "MKNOD,SYS_ADMIN"].map(str::to_owned).into();
-    arguments.extend(volumes.flat_map(|volume| ["-v".to_owned(), volume]));
-    arguments.extend(environment.iter().flat_map(|variable| ["-e".to_owned(), (*variable).to_owned()]));
-    arguments.extend([debian(), "python3".to_owned(), "/program/cases.py".to_owned()]);
-    arguments.extend(EVERY.iter().map(|name| format!("/{name}")));
-    // The container's root, which is an overlay on the host.
-    arguments.push("/tmp".to_owned());
-    let guest = lines(hull(arguments.iter().map(String::as_str)).run());
-    assert!(!host["host"]["device_nodes"].contains("EPERM"), "the host lets nobody make devices");
+    let guest = lines(
+        hull([
+            "run",
+            "--rm",
+            "--memory",
+            "256",
+            "--cap-add",
+            "MKNOD,SYS_ADMIN",
+            "-e",
+            administrator,
+            "-e",
+            cases,
+            "-v",
+            &volume("never", ":cache=never"),
+            "-v",
+            &volume("auto", ":cache=auto"),
+            "-v",
+            &volume("always", ":cache=always"),
+            "-v",
+            &volume("program", ":ro"),
+            &debian(),
+            "python3",
+            "/program/cases.py",
+            "/never",
+            "/auto",
+            "/always",
+            // The container's root, which is an overlay on the host.
+            "/tmp",
+        ])
+        .run(),
+    );
+    assert!(!host["host"]["device_nodes"].contains("null=EPERM"), "the host lets nobody make devices");
     let sections: Vec<_> = EVERY.iter().chain(&["tmp"]).map(|section| (*section, "host")).collect();
     compare(&guest, &host, &sections);
     // What a guest has made its host can see.

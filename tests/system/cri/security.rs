@@ -58,7 +58,7 @@ fn a_container_has_the_rights_that_its_pod_names_and_no_others() {
         "uid=1234 gid=2345 groups=2345,3456,4567",
         "touch: /file: Read-only file system",
         "mkdir: can't create directory '/new': Operation not supported",
-        "character special file 1:3 640\nwc: ",
+        "character special file 1:3 640\n",
         "head: /disk: Operation not permitted",
         "unshared\nanswered\nechoed",
         "\nrw\nrw\n0\nwritten\nmounted\n",

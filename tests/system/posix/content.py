@@ -73,8 +73,24 @@ def collapse_and_insert(t):
     fd = os.open("f", os.O_RDWR | os.O_CREAT)
     os.write(fd, b"a" * PAGE + b"b" * PAGE + b"c" * PAGE)
     os.fsync(fd)
+    mapped = mmap.mmap(fd, 3 * PAGE, mmap.MAP_SHARED)
+    mapped[0], mapped[2 * PAGE] = ord("A"), ord("C")
     t("collapse", call, "fallocate", fd, COLLAPSE_RANGE, PAGE, PAGE)
-    t("insert", call, "fallocate", fd, INSERT_RANGE, PAGE, PAGE)
+    t("collapsed", lambda: (os.fstat(fd).st_size, os.pread(fd, 3, 0), os.pread(fd, 3, PAGE), os.pread(fd, 3, 2 * PAGE)))
+    t("mapped", lambda: bytes(mapped[PAGE:PAGE + 3]))
+    t("insert", call, "fallocate", fd, INSERT_RANGE, 0, 2 * PAGE)
+    t("inserted", lambda: (os.fstat(fd).st_size, os.pread(fd, 3, 0), os.pread(fd, 3, 2 * PAGE), os.pread(fd, 3, 3 * PAGE)))
+    t("mapped_again", lambda: bytes(mapped[2 * PAGE:2 * PAGE + 3]))
+    t("write", os.pwrite, fd, b"new", PAGE)
+    t("written", os.pread, fd, 3, PAGE)
+    for name, mode, offset, length in (("end", COLLAPSE_RANGE, 3 * PAGE, PAGE), ("beyond", INSERT_RANGE, 100 * PAGE, PAGE),
+                                       ("unaligned", COLLAPSE_RANGE, 1, PAGE), ("odd", INSERT_RANGE, PAGE, 10),
+                                       ("both", COLLAPSE_RANGE | INSERT_RANGE, PAGE, PAGE), ("nothing", COLLAPSE_RANGE, PAGE, 0),
+                                       ("keep", COLLAPSE_RANGE | KEEP_SIZE, PAGE, PAGE)):
+        t(name, call, "fallocate", fd, mode, offset, length)
+    t("size", lambda: os.fstat(fd).st_size)
+    t("rdonly", lambda: call("fallocate", os.open("f", os.O_RDONLY), COLLAPSE_RANGE, PAGE, PAGE))
+    t("directory", lambda: call("fallocate", os.open(".", os.O_RDONLY), COLLAPSE_RANGE, PAGE, PAGE))
 
 
 @case

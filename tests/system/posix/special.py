@@ -154,7 +154,6 @@ def device_nodes(t):
         t(label + "_number", lambda: (os.major(os.lstat(label).st_rdev), os.minor(os.lstat(label).st_rdev)))
     t("there", os.mknod, "null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
     t("write", write, "null", b"x", os.O_WRONLY)
-    t("nobodys", os.open, "far", os.O_RDONLY)
     os.umask(0o027)
     t("masked", os.mknod, "masked", stat.S_IFBLK | 0o6666, os.makedev(7, 300))
     t("masked_look", os.lstat, "masked")

@@ -291,7 +291,10 @@ impl State {
         let fd = self.inodes.anchor(slot)?;
         let (names, len) = match &self.broker {
             Some(broker) => {
-                let (mut names, _) = self.host.list_xattrs(fd, XATTR_MAX as u32)?;
+                let mut names = match self.host.list_xattrs(fd, 0)? {
+                    (none, 0) => none,
+                    _ => self.host.list_xattrs(fd, XATTR_MAX as u32)?.0,
+                };
                 names.extend(broker.ask(fd, &Request::ListTrusted)?);
                 let len = names.len();
                 (names, len)

@@ -145,7 +145,7 @@ impl Mounts {
                 let caching = fields.one(&["cache"])?.map(caching).transpose()?.unwrap_or_default();
                 let id = |name| fields.one(&[name])?.map(|value| id(name, value)).transpose();
                 let owners = Owners { uid: id("uid")?, gid: id("gid")? };
-                Kind::Bind(Volume { source: existing(needed()?)?, read_only, owners, ..Default::default() }, caching)
+                Kind::Bind(Volume { source: existing(needed()?)?, read_only, private: true, owners }, caching)
             }
             Some("tmpfs") => {
                 fields.only(text, &["tmpfs-size", "tmpfs-mode"])?;
@@ -267,7 +267,7 @@ fn volume(text: &str) -> Result<Mount, Error> {
         }
     }
     options.insert(0, access(read_only));
-    let kind = Kind::Bind(Volume { source: existing(source)?, read_only, owners, ..Default::default() }, cache);
+    let kind = Kind::Bind(Volume { source: existing(source)?, read_only, private: true, owners }, cache);
     Ok(Mount { destination: place(destination)?, kind, options })
 }
 
@@ -401,7 +401,7 @@ mod tests {
     }
 
     fn bind(read_only: bool, caching: Caching) -> Kind {
-        Kind::Bind(Volume { source: "/".into(), read_only, ..Default::default() }, caching)
+        Kind::Bind(Volume { source: "/".into(), read_only, private: true, ..Default::default() }, caching)
     }
 
     #[test]

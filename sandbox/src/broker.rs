@@ -3,93 +3,110 @@
 //! A guest may have taken over the VMM, so a request is obeyed only where it gives a guest nothing over a container that has the
 //! same capabilities on the host:
 //!
-//! * a device node comes into being only on a mount that lets nobody open one (`MOUNT_ATTR_NODEV`), as are all that the VMM sees
-//!   ([`crate::share`]): the VMM cannot open what it has asked for;
-//! * attributes that the host's own kernel judges by stay the host's ([`HOSTS_OWN`]), and nothing is kept in file systems whose attributes
-//!   lie in the host's memory without a limit ([`IN_MEMORY`]).
+//! * it concerns files on mounts that let nobody open a device (`MOUNT_ATTR_NODEV`), as are all that Hull puts into the VMM's tree
+//!   ([`crate::share`]) and few others: the VMM can have a device node made and cannot open it;
+//! * no node is made once the tree has a volume in which the host's later mounts turn up, since those come as the host made them;
+//! * attributes that the host's own kernel judges by stay the host's ([`HOSTS_OWN`]), and are set in file systems of disks alone
+//!   ([`ON_DISKS`]): others keep them in the host's memory without a limit, or take some for commands;
+//! * the thread has the few capabilities that this takes, and quotas of the host hold for it.
 //!
 //! Why there is somebody to ask is told in `docs/decisions/0019-an-owner-acts-for-a-jailed-file-server.md`.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use hull_vmm_api::broker::{REQUEST_MAX, Request, TRUSTED, VALUE_MAX, answer_to_bytes};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, Mode, StatVfsMountFlags, XattrFlags, fstatfs, fstatvfs, mknodat};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, SocketFlags,
     SocketType, recvmsg, send, socketpair,
 };
-use rustix::thread::{CapabilitiesSecureBits, capabilities_secure_bits, set_capabilities_secure_bits};
+use rustix::thread::{
+    CapabilitiesSecureBits, CapabilitySet, CapabilitySets, capabilities_secure_bits, set_capabilities,
+    set_capabilities_secure_bits,
+};
 
 /// Attributes in the namespace `security.` that the host's kernel goes by: labels of security modules, signatures, capabilities of programs. The
 /// last the VMM sets itself.
-const HOSTS_OWN: [&[u8]; 7] = [
+const HOSTS_OWN: [&[u8]; 9] = [
     b"security.SMACK64",
     b"security.apparmor",
     b"security.bpf.",
     b"security.capability",
     b"security.evm",
     b"security.ima",
+    b"security.restorecon_last",
+    b"security.sehash",
     b"security.selinux",
 ];
-/// File systems that keep attributes in memory, as many as anybody sets (linux/magic.h): tmpfs, sysfs, and cgroups of both versions.
-const IN_MEMORY: [i64; 4] = [0x0102_1994, 0x6265_6572, 0x0027_e0eb, 0x6367_7270];
+/// ext4, xfs, btrfs, f2fs and zfs (linux/magic.h and their own), and an overlay, which has its attributes in one of them unless the host
+/// lives in memory.
+const ON_DISKS: [u32; 6] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x2fc1_2fc1, 0x794c_7630];
+/// What the thread does for others: makes devices and attributes, in anybody's directory and for anybody.
+const CAPABILITIES: CapabilitySet = CapabilitySet::MKNOD
+    .union(CapabilitySet::SYS_ADMIN)
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETGID);
 /// What a thread needs: it allocates its messages.
 const STACK_BYTES: usize = 64 * 1024;
 
-/// Starts a thread that obeys a VMM until that ends, and returns the VMM's end of the connection.
+/// Starts a thread that obeys a VMM until that ends, and returns the VMM's end of the connection. Once `has_later_mounts`, no device nodes are
+/// made.
 ///
 /// # Errors
 ///
 /// Fails where no socket or thread can be made.
-pub(crate) fn start() -> io::Result<OwnedFd> {
+pub(crate) fn start(has_later_mounts: Arc<AtomicBool>) -> io::Result<OwnedFd> {
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-    std::thread::Builder::new().name("broker".to_owned()).stack_size(STACK_BYTES).spawn(move || serve(&ours))?;
+    std::thread::Builder::new()
+        .name("broker".to_owned())
+        .stack_size(STACK_BYTES)
+        .spawn(move || serve(&ours, &has_later_mounts))?;
     Ok(theirs)
 }
 
-fn serve(socket: &OwnedFd) {
-    // Most VMMs never ask, and then nothing is set up.
-    if poll(&mut [PollFd::new(socket, PollFlags::IN)], None).is_err() {
+fn serve(socket: &OwnedFd, has_later_mounts: &AtomicBool) {
+    // Many VMMs never ask, and then nothing is set up. Signals are the process's, and may come to this thread.
+    if retry_on_intr(|| poll(&mut [PollFd::new(socket, PollFlags::IN)], None)).is_err() {
         return;
     }
-    let can_make_nodes = take_on_any_owner();
+    let ready = become_broker();
     let mut buffer = vec![0; REQUEST_MAX];
     while let Some((len, file)) = receive(socket, &mut buffer) {
         let outcome = match (Request::parse(&buffer[..len]), &file) {
-            (Some(request), Some(file)) => obey(file.as_fd(), &request, can_make_nodes),
+            (Some(request), Some(file)) => ready.and_then(|()| obey(file.as_fd(), &request, has_later_mounts)),
             _ => Err(Errno::INVAL),
         };
         let answer = answer_to_bytes(outcome.as_deref().map_err(|errno| errno.raw_os_error()));
-        if send(socket, &answer, SendFlags::NOSIGNAL).is_err() {
+        if retry_on_intr(|| send(socket, &answer, SendFlags::NOSIGNAL)).is_err() {
             return;
         }
     }
 }
 
-/// Lets the calling thread make files for other users: with a umask of its own, and capabilities that a change of user leaves alone. Returns
-/// whether it can.
-fn take_on_any_owner() -> bool {
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).is_ok()
-        && capabilities_secure_bits()
-            .and_then(|bits| set_capabilities_secure_bits(bits | CapabilitiesSecureBits::NO_SETUID_FIXUP))
-            .is_ok()
+/// Leaves the calling thread what it needs and no more: a umask of its own, and capabilities that a change of user leaves alone.
+fn become_broker() -> Result<(), Errno> {
+    let own_umask = nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS);
+    own_umask.map_err(|errno| Errno::from_raw_os_error(errno as i32))?;
+    set_capabilities_secure_bits(capabilities_secure_bits()? | CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
+    let none = CapabilitySet::empty();
+    set_capabilities(None, CapabilitySets { effective: CAPABILITIES, permitted: CAPABILITIES, inheritable: none })
 }
 
 /// The length of the next request, and the descriptor beside it; `None` at the end, or for one that is too long.
 fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Option<(usize, Option<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let message = loop {
-        match recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, RecvFlags::CMSG_CLOEXEC) {
-            Err(Errno::INTR) => {}
-            result => break result.ok()?,
-        }
-    };
+    let receive = || recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, RecvFlags::CMSG_CLOEXEC);
+    let message = retry_on_intr(receive).ok()?;
     let file = control.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut files) => files.next(),
         _ => None,
@@ -98,9 +115,12 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Option<(usize, Option<OwnedFd
     whole.then_some((message.bytes, file))
 }
 
-fn obey(file: BorrowedFd<'_>, request: &Request<'_>, can_make_nodes: bool) -> Result<Vec<u8>, Errno> {
+fn obey(file: BorrowedFd<'_>, request: &Request<'_>, has_later_mounts: &AtomicBool) -> Result<Vec<u8>, Errno> {
+    if !fstatvfs(file)?.f_flag.contains(StatVfsMountFlags::NODEV) {
+        return Err(Errno::PERM);
+    }
     match *request {
-        Request::MakeNode { .. } if !can_make_nodes => Err(Errno::PERM),
+        Request::MakeNode { .. } if has_later_mounts.load(Ordering::Relaxed) => Err(Errno::PERM),
         Request::MakeNode { name, mode, device, owner, umask } => make_node(file, name, (mode, device), owner, umask),
         Request::GetAttribute { name } if !name.starts_with(TRUSTED) => Err(Errno::PERM),
         Request::GetAttribute { name } => get_attribute(file, name),
@@ -109,7 +129,8 @@ fn obey(file: BorrowedFd<'_>, request: &Request<'_>, can_make_nodes: bool) -> Re
             Err(Errno::PERM)
         }
         Request::SetAttribute { name, value, flags } => {
-            if IN_MEMORY.contains(&i64::from(fstatfs(file)?.f_type)) {
+            // The kernel's numbers have 32 bits, whatever holds them here.
+            if !ON_DISKS.contains(&(fstatfs(file)?.f_type as u32)) {
                 return Err(Errno::OPNOTSUPP);
             }
             let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
@@ -138,9 +159,6 @@ fn make_node(
     {
         return Err(Errno::INVAL);
     }
-    if !fstatvfs(directory)?.f_flag.contains(StatVfsMountFlags::NODEV) {
-        return Err(Errno::PERM);
-    }
     let (user, group) = (Uid::from_raw(user), Gid::from_raw(group));
     rustix::process::umask(Mode::from_raw_mode(umask & 0o777));
     // The group comes first, and the answer of each is who it was before: asking twice tells whether it is so.
@@ -165,7 +183,7 @@ fn get_attribute(file: BorrowedFd<'_>, name: &[u8]) -> Result<Vec<u8>, Errno> {
 
 fn list_trusted(file: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
     // As almost all files.
-    if rustix::fs::listxattr(path_of(file), &mut [0_u8; 0][..])? == 0 {
+    if rustix::fs::listxattr_query(path_of(file))? == 0 {
         return Ok(Vec::new());
     }
     let mut names = vec![0; VALUE_MAX];
@@ -182,7 +200,7 @@ fn path_of(file: BorrowedFd<'_>) -> String {
 #[cfg(test)]
 mod tests {
     use std::fs::{self, File};
-    use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+    use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
     use std::path::Path;
 
     use hull_sandbox_sys::mounts;
@@ -194,7 +212,7 @@ mod tests {
     use super::*;
 
     /// A VMM: asks, as [`start`] lets it.
-    struct Vmm(OwnedFd);
+    struct Vmm(OwnedFd, Arc<AtomicBool>);
 
     impl Vmm {
         /// Of root; `None` where the test is run by somebody else.
@@ -203,7 +221,8 @@ mod tests {
                 eprintln!("skipped: only root can give what takes capabilities");
                 return None;
             }
-            Some(Self(start().unwrap()))
+            let has_later_mounts = Arc::new(AtomicBool::new(false));
+            Some(Self(start(has_later_mounts.clone()).unwrap(), has_later_mounts))
         }
 
         fn ask(&self, file: impl AsFd, request: &Request<'_>) -> Result<Vec<u8>, i32> {
@@ -233,6 +252,13 @@ mod tests {
         Request::MakeNode { name, mode, device: NULL, owner: (1001, 1002), umask: 0o027 }
     }
 
+    /// The file as the VMM has it: a descriptor that only stands for it, on a mount that lets nobody open a device.
+    fn in_share(path: &Path) -> OwnedFd {
+        let directory = without_devices(path.parent().unwrap());
+        rustix::fs::openat(&directory, path.file_name().unwrap(), OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())
+            .unwrap()
+    }
+
     /// The directory as a mount of its own without a place, which lets nobody open a device.
     fn without_devices(directory: &Path) -> OwnedFd {
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -245,6 +271,7 @@ mod tests {
     fn a_device_is_made_only_where_nobody_can_open_it() {
         let Some(vmm) = Vmm::new() else { return };
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let before = umask_of_process();
         let open = File::open(dir.path()).unwrap();
         assert_eq!(vmm.ask(&open, &node(b"null", CHARACTERS | 0o666)), errno(Errno::PERM));
         let closed = without_devices(dir.path());
@@ -262,6 +289,22 @@ mod tests {
         assert_eq!(vmm.ask(&closed, &node(b"disk", DISK | 0o600)), Ok(Vec::new()));
         let made = fs::symlink_metadata(dir.path().join("disk")).unwrap();
         assert_eq!((made.uid(), made.gid(), made.file_type().is_block_device()), (1001, 77, true));
+        // For nobody at all, after which the thread is itself again.
+        let nobodys = Request::MakeNode { name: b"x", mode: DISK, device: NULL, owner: (u32::MAX, 0), umask: 0 };
+        assert_eq!(vmm.ask(&closed, &nobodys), errno(Errno::PERM));
+        let roots = Request::MakeNode { name: b"x", mode: DISK | 0o666, device: NULL, owner: (0, 0), umask: 0 };
+        assert_eq!(vmm.ask(&closed, &roots), Ok(Vec::new()));
+        let made = fs::symlink_metadata(dir.path().join("x")).unwrap();
+        assert_eq!((made.uid(), made.mode() & 0o7777), (0, 0o666));
+        assert_eq!(umask_of_process(), before, "the process has its own");
+        // A mount of the host's may turn up, and with it devices that can be opened.
+        vmm.1.store(true, Ordering::Relaxed);
+        assert_eq!(vmm.ask(&closed, &node(b"late", CHARACTERS)), errno(Errno::PERM));
+    }
+
+    fn umask_of_process() -> String {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        status.lines().find(|line| line.starts_with("Umask:")).unwrap().to_owned()
     }
 
     #[test]
@@ -276,8 +319,9 @@ mod tests {
         for name in [&b"."[..], b"..", b"a/b", b"/tmp/b"] {
             assert_eq!(vmm.ask(&closed, &node(name, CHARACTERS)), errno(Errno::INVAL), "{name:?}");
         }
-        let file = File::create(dir.path().join("file")).unwrap();
-        assert!(vmm.ask(&file, &node(b"x", CHARACTERS)).is_err());
+        File::create(dir.path().join("file")).unwrap();
+        let file = rustix::fs::openat(&closed, "file", OFlags::RDONLY, Mode::empty()).unwrap();
+        assert_eq!(vmm.ask(&file, &node(b"x", CHARACTERS)), errno(Errno::NOTDIR));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
@@ -288,8 +332,7 @@ mod tests {
         let path = dir.path().join("file");
         File::create(&path).unwrap();
         // As the VMM holds files: such a descriptor only stands for one.
-        let file =
-            fs::OpenOptions::new().read(true).custom_flags(OFlags::PATH.bits().cast_signed()).open(&path).unwrap();
+        let file = in_share(&path);
         let set = |name, value| vmm.ask(&file, &Request::SetAttribute { name, value, flags: 0 });
         let get = |name| vmm.ask(&file, &Request::GetAttribute { name });
         assert_eq!(get(b"trusted.a"), errno(Errno::NODATA));
@@ -320,7 +363,7 @@ mod tests {
         let (target, link) = (dir.path().join("target"), dir.path().join("link"));
         File::create(&target).unwrap();
         std::os::unix::fs::symlink(&target, &link).unwrap();
-        let link = rustix::fs::open(&link, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty()).unwrap();
+        let link = in_share(&link);
         let request = Request::SetAttribute { name: b"trusted.a", value: b"1", flags: 0 };
         assert_eq!(vmm.ask(&link, &request), Ok(Vec::new()));
         assert_eq!(rustix::fs::getxattr(&target, "trusted.a", &mut [0; 8][..]), Err(Errno::NODATA));
@@ -331,7 +374,8 @@ mod tests {
     fn what_the_host_judges_by_is_not_the_guests() {
         let Some(vmm) = Vmm::new() else { return };
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-        let file = File::create(dir.path().join("file")).unwrap();
+        File::create(dir.path().join("file")).unwrap();
+        let file = in_share(&dir.path().join("file"));
         let others: [&[u8]; 5] =
             [b"user.a", b"system.posix_acl_access", b"security", b"security.SMACK64EXEC", b"security.bpf.policy"];
         for name in HOSTS_OWN.iter().chain(&others) {
@@ -340,15 +384,21 @@ mod tests {
             assert_eq!(vmm.ask(&file, &Request::RemoveAttribute { name }), errno(Errno::PERM));
             assert_eq!(vmm.ask(&file, &Request::GetAttribute { name }), errno(Errno::PERM));
         }
-        let in_memory = tempfile::tempfile_in("/dev/shm").unwrap();
+        let in_memory = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
         let set = Request::SetAttribute { name: b"trusted.a", value: b"1", flags: 0 };
-        assert_eq!(vmm.ask(&in_memory, &set), errno(Errno::OPNOTSUPP));
+        assert_eq!(vmm.ask(in_share(in_memory.path()), &set), errno(Errno::OPNOTSUPP));
+        // What the VMM has of the host, but in no share: disks, its own program.
+        let elsewhere = File::open(dir.path().join("file")).unwrap();
+        for request in [set, Request::RemoveAttribute { name: b"trusted.a" }, Request::ListTrusted] {
+            assert_eq!(vmm.ask(&elsewhere, &request), errno(Errno::PERM));
+        }
     }
 
     #[test]
     fn a_message_that_is_no_request_is_answered_and_harms_nobody() {
         let Some(vmm) = Vmm::new() else { return };
-        let file = tempfile::tempfile_in("/var/tmp").unwrap();
+        let path = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
+        let file = in_share(path.path());
         let list = Request::ListTrusted.to_bytes();
         for message in [&b"x"[..], &[0xff; 100], &[0; 28], &list[..27]] {
             assert_eq!(vmm.send(message, &[file.as_fd()]), errno(Errno::INVAL));

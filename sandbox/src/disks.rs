@@ -10,16 +10,17 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use hull_protocol::agent::{AddDeviceRequest, RemoveDeviceRequest};
 use hull_vmm_api::config::{DiskConfig, Resource};
-use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use rustix::io::Errno;
 
 use crate::agent::{Agent, AgentError, answer, long, short};
 use crate::control::{Control, ControlError, Request, Response};
+use crate::read_only;
 use growth::Growth;
 
 /// A block device of the host by its number.
@@ -76,24 +77,28 @@ pub struct DiskFile {
 impl DiskFile {
     pub(crate) fn open(&self) -> Result<OwnedFd, DiskError> {
         let disk = || self.path.display().to_string();
-        let opened = File::options()
-            .read(true)
-            .write(!self.read_only)
-            .custom_flags(self.cache.flags())
-            .open(&self.path)
+        open_disk(&self.path, self.read_only, self.cache.flags())
             .map_err(|source| match self.cache {
                 DiskCache::None if is_not_direct(&source) => DiskError::NotDirect { disk: disk() },
                 _ => DiskError::Open { disk: disk(), source },
-            });
-        opened.map(OwnedFd::from)
+            })
+            .map(OwnedFd::from)
     }
 }
 
+/// Opens a disk for a VMM, which can write to one that is read-only in no way.
+fn open_disk(path: &Path, read_only: bool, flags: OFlags) -> io::Result<File> {
+    if read_only {
+        return read_only::open(path, flags).map(File::from);
+    }
+    Ok(rustix::fs::open(path, flags | OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?.into())
+}
+
 impl DiskCache {
-    fn flags(self) -> i32 {
+    fn flags(self) -> OFlags {
         match self {
-            Self::Writeback => 0,
-            Self::None => OFlags::DIRECT.bits() as i32,
+            Self::Writeback => OFlags::empty(),
+            Self::None => OFlags::DIRECT,
         }
     }
 }
@@ -348,8 +353,7 @@ fn open(device: HostDevice, cache: DiskCache) -> io::Result<(OwnedFd, bool)> {
     let name = device_name(&uevent).ok_or(io::ErrorKind::NotFound)?;
     let is_read_only = std::fs::read_to_string(format!("/sys/dev/block/{device}/ro"))?.trim() != "0";
     let read_only = device.read_only || is_read_only;
-    let options = File::options().read(true).write(!read_only).custom_flags(cache.flags()).clone();
-    let file = options.open(Path::new("/dev").join(name))?;
+    let file = open_disk(&Path::new("/dev").join(name), read_only, cache.flags())?;
     let metadata = file.metadata()?;
     let number = metadata.rdev();
     let is_it = (rustix::fs::major(number), rustix::fs::minor(number)) == (device.major, device.minor);
@@ -382,8 +386,7 @@ fn open_file_system(path: &Path, read_only: bool) -> io::Result<(OwnedFd, Backin
     // The kernel gives a device to one such opener, and to none while it is mounted.
     let exclusive = if is_device && !read_only { OFlags::EXCL } else { OFlags::empty() };
     // A FIFO in its place must not block.
-    let flags = i32::try_from((exclusive | OFlags::NONBLOCK).bits()).unwrap_or(0);
-    let file = File::options().read(true).write(!read_only).custom_flags(flags).open(path)?;
+    let file = open_disk(path, read_only, exclusive | OFlags::NONBLOCK)?;
     let metadata = file.metadata()?;
     let kind = metadata.file_type();
     if kind.is_block_device() != is_device || !(is_device || kind.is_file()) {

@@ -33,6 +33,7 @@ pub mod ext4;
 pub mod host;
 pub mod mount;
 pub mod network;
+mod read_only;
 pub mod registry;
 pub mod root;
 pub mod sandbox;

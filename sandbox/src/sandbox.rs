@@ -183,7 +183,7 @@ impl Configured {
         let network = || Ok(network::attach(&config.network, &config.id, config.cpus.into(), claim.dir())?);
         let started = trees.and_then(|()| network()).and_then(|mut network| {
             let ends = network.as_mut().map(Attachment::take_ends).unwrap_or_default();
-            Ok((Vmm::spawn(&host, &config, &sockets, share.root(), ends, &extras)?, network))
+            Ok((Vmm::spawn(&host, &config, &sockets, &share, ends, &extras)?, network))
         });
         match started {
             Ok((vmm, network)) => {

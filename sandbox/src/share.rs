@@ -16,7 +16,10 @@
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use hull_protocol::{SHARE_MOUNT_POINT, SHARE_TAG};
 use hull_sandbox_sys::mounts;
@@ -115,7 +118,7 @@ pub struct Volume {
 impl Volume {
     /// One that nobody can change through it.
     fn unchanging(source: &Path) -> Self {
-        Self { source: source.to_owned(), read_only: true, ..Self::default() }
+        Self { source: source.to_owned(), read_only: true, private: true, ..Self::default() }
     }
 }
 
@@ -201,6 +204,8 @@ pub struct Share {
     root: PathBuf,
     /// Holds the writable layers, outside the tree.
     layers: PathBuf,
+    /// Whether what the host mounts later turns up in some volume.
+    has_later_mounts: Arc<AtomicBool>,
 }
 
 /// The tree's place in a sandbox's directory.
@@ -227,7 +232,12 @@ impl Share {
         // What is mounted below it from now on is to reach the VMM, which has a mount namespace of its own.
         rustix::mount::mount_change(&root, MountPropagationFlags::SHARED)
             .map_err(|errno| mount_error("a tmpfs", &root, errno))?;
-        Ok(Self { root, layers })
+        Ok(Self { root, layers, has_later_mounts: Arc::default() })
+    }
+
+    /// Set from the moment on that the tree has a volume in which what the host mounts later turns up.
+    pub(crate) fn has_later_mounts(&self) -> Arc<AtomicBool> {
+        self.has_later_mounts.clone()
     }
 
     /// The tree on the host.
@@ -248,7 +258,7 @@ impl Share {
         make_dir(&target)?;
         match source {
             RootSource::Directory(directory) => {
-                bind(&Volume { source: directory.clone(), ..Default::default() }, &target)?
+                bind(&Volume { source: directory.clone(), private: true, ..Default::default() }, &target)?
             }
             RootSource::Layers(layers) => self.mount_overlay(container, layers, &target)?,
         }
@@ -276,9 +286,7 @@ impl Share {
     ///
     /// Fails where it cannot be made.
     pub(crate) fn add_disk(&self, container: &str, bytes: u64) -> Result<PathBuf, RootError> {
-        let dir = self.layers.join(container);
-        make_dir_all(&dir)?;
-        let path = dir.join("disk.ext4");
+        let path = self.make_layers(container)?.join("disk.ext4");
         ext4::make(&path, bytes)?;
         Ok(path)
     }
@@ -297,7 +305,7 @@ impl Share {
         for file_system in file_systems {
             if file_system.is_bind() {
                 let (source, read_only) = (file_system.source.clone().into(), file_system.is_read_only());
-                bind(&Volume { source, read_only, ..Default::default() }, &target)?;
+                bind(&Volume { source, read_only, private: true, ..Default::default() }, &target)?;
             } else {
                 file_system.mount(&target).map_err(|errno| mount_error(&file_system.fstype, &target, errno))?;
             }
@@ -353,6 +361,9 @@ impl Share {
             make_dir(&target)?;
         } else {
             make_file(&target, b"")?;
+        }
+        if !volume.private {
+            self.has_later_mounts.store(true, Ordering::Relaxed);
         }
         bind(volume, &target)?;
         Ok(format!("{}/{container}/volumes/{name}", caching.mount_point()))
@@ -443,9 +454,22 @@ impl Share {
         }
     }
 
+    /// Makes the directory for what a container writes, which nobody else on the host may enter: there can be devices and programs with
+    /// set-user-ID bits in it.
+    fn make_layers(&self, container: &str) -> Result<PathBuf, ShareError> {
+        let dir = self.layers.join(container);
+        let make = |source| ShareError::Make { path: dir.clone(), source };
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(make)?;
+        // Those above it may be older.
+        for dir in [Some(&*self.layers), self.layers.parent()].into_iter().flatten() {
+            std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)).map_err(make)?;
+        }
+        Ok(dir)
+    }
+
     fn mount_overlay(&self, container: &str, layers: &[PathBuf], target: &Path) -> Result<(), ShareError> {
-        let upper = self.layers.join(container).join("upper");
-        let work = self.layers.join(container).join("work");
+        let dir = self.make_layers(container)?;
+        let (upper, work) = (dir.join("upper"), dir.join("work"));
         make_dir_all(&upper)?;
         make_dir_all(&work)?;
         overlay(layers, Some((&upper, &work)), target)
@@ -546,8 +570,8 @@ fn bind(volume: &Volume, target: &Path) -> Result<(), ShareError> {
 /// Lets nobody open a device through a tree of mounts: what a guest makes there must be of no use to its VMM.
 fn without_devices(tree: BorrowedFd<'_>) -> std::io::Result<()> {
     match mounts::set_no_devices(tree) {
-        // Where the kernel cannot, the owner makes no devices ([`crate::broker`]).
-        Err(error) if Errno::from_io_error(&error) == Some(Errno::NOSYS) => Ok(()),
+        // Where the kernel cannot, or a filter of system calls does not know of it, the owner makes no devices ([`crate::broker`]).
+        Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOSYS | Errno::PERM)) => Ok(()),
         result => result,
     }
 }

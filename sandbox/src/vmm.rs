@@ -23,8 +23,9 @@ use crate::console::Tail;
 use crate::disks::{DiskError, DiskFile, disk_name};
 use crate::host::Host;
 use crate::network::{HostEnd, device_name};
+use crate::read_only;
 use crate::sandbox::Extras;
-use crate::share::Caching;
+use crate::share::{Caching, Share};
 
 /// The context identifier of every guest: sockets of different VMs never meet, since each VM has a Unix socket of its own.
 const GUEST_CID: u32 = 3;
@@ -103,10 +104,12 @@ impl Vmm {
         host: &Host,
         config: &SandboxConfig,
         sockets: &Sockets,
-        share: &Path,
+        share: &Share,
         ends: Vec<HostEnd>,
         extras: &Extras,
     ) -> Result<Self, VmmError> {
+        // The process is this file, and could open it by its own /proc.
+        read_only::protect(&host.vmm).map_err(|source| VmmError::Open { path: host.vmm.clone(), source })?;
         let mut fds = Inherited::default();
         let (console_read, console_write) = pipe()?;
         let (log_read, log_write) = pipe()?;
@@ -117,7 +120,7 @@ impl Vmm {
             cpus: CpusConfig { boot: config.cpus, max: config.max_cpus },
             memory: MemoryConfig { size_mib: config.memory_mib },
             boot: BootConfig {
-                kernel: fds.add(open(&host.kernel, OFlags::RDONLY)?),
+                kernel: fds.add(open_read_only(&host.kernel)?),
                 initrd: None,
                 cmdline: config.cmdline(),
             },
@@ -130,12 +133,12 @@ impl Vmm {
             }),
             shares: [Caching::Auto].iter().chain(&extras.caching).map(|caching| share_of(*caching)).collect(),
             disks: fds.add_disks(&extras.disks)?,
-            pmems: vec![PmemConfig { id: IMAGE_ID.into(), file: fds.add(open(&host.image, OFlags::RDONLY)?) }],
+            pmems: vec![PmemConfig { id: IMAGE_ID.into(), file: fds.add(open_read_only(&host.image)?) }],
             nets: ends.into_iter().enumerate().map(|(index, end)| fds.add_net(index, end)).collect(),
         };
         let control = fds.add_number(listen(&sockets.control)?.into());
         let lifeline = fds.add_number(lifeline_read);
-        let broker = fds.add_number(broker::start().map_err(VmmError::Spawn)?);
+        let broker = fds.add_number(broker::start(share.has_later_mounts()).map_err(VmmError::Spawn)?);
         let config_fd = fds.add_number(config_file(&vm)?);
 
         let mut command = Command::new(&host.vmm);
@@ -145,7 +148,7 @@ impl Vmm {
             .args(["--lifeline-fd", &lifeline.to_string()])
             .args(["--broker-fd", &broker.to_string()])
             .arg("--jail")
-            .arg(share)
+            .arg(share.root())
             .env_clear()
             .current_dir("/")
             .stdin(Stdio::null())
@@ -328,6 +331,11 @@ impl Inherited {
 pub(crate) fn open(path: &Path, flags: OFlags) -> Result<OwnedFd, VmmError> {
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
         .map_err(|errno| VmmError::Open { path: path.to_owned(), source: errno.into() })
+}
+
+/// Opens a file of the host's that the VMM is to read, and to do nothing else with.
+fn open_read_only(path: &Path) -> Result<OwnedFd, VmmError> {
+    read_only::open(path, OFlags::empty()).map_err(|source| VmmError::Open { path: path.to_owned(), source })
 }
 
 fn listen(path: &Path) -> Result<UnixListener, VmmError> {

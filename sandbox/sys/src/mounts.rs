@@ -24,6 +24,16 @@ pub fn set_no_devices(tree: BorrowedFd<'_>) -> io::Result<()> {
     set(tree, &libc::mount_attr { attr_set: libc::MOUNT_ATTR_NODEV, attr_clr: 0, propagation: 0, userns_fd: 0 })
 }
 
+/// The same, and makes it read-only.
+///
+/// # Errors
+///
+/// As [`set_read_only`].
+pub fn set_for_reading_only(tree: BorrowedFd<'_>) -> io::Result<()> {
+    let attr_set = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV;
+    set(tree, &libc::mount_attr { attr_set, attr_clr: 0, propagation: 0, userns_fd: 0 })
+}
+
 /// Has a tree of mounts follow no other: what is mounted below its source, or unmounted, from now on is not so in the tree.
 ///
 /// # Errors

@@ -224,6 +224,8 @@ def trusted_attributes(t):
     os.setxattr("f", "user.b", b"")
     t("list", lambda: sorted(os.listxattr("f")))
     t.by("list_by_user", ANN, os.listxattr, "f")
+    for label, room in (("length", 0), ("exact", 7), ("less", 6)):
+        t.by(label + "_by_user", ANN, call, "listxattr", "f", ctypes.create_string_buffer(room) if room else None, room)
     t("there", os.setxattr, "f", "trusted.a", b"2", os.XATTR_CREATE)
     t("replace", os.setxattr, "f", "trusted.a", bytes(range(256)) * 4, os.XATTR_REPLACE)
     t("long", os.getxattr, "f", "trusted.a")

@@ -68,6 +68,30 @@ def allocation(t):
     t("moves", what_moves, "f", call, "fallocate", fd, 0, 0, 200 << 10)
 
 
+def while_another_writes_through_a_mapping(path):
+    """Inserts in front of what a child keeps changing through a mapping: it moves, and what it moves to is as it was."""
+    write(path, b"a" * PAGE + b"b" * PAGE)
+    fd = os.open(path, os.O_RDWR)
+    child = os.fork()
+    if child == 0:
+        mapped = mmap.mmap(fd, 2 * PAGE, mmap.MAP_SHARED)
+        while True:
+            mapped[PAGE] = (mapped[PAGE] + 1) % 256
+    try:
+        for _ in range(20):
+            call("fallocate", fd, INSERT_RANGE, 0, PAGE)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    os.fsync(fd)
+    # The page that the child wrote to is any by now; of all others it has changed one byte at most.
+    with open(path, "rb") as file:
+        content = file.read()
+    strange = [at for at in range(0, len(content), PAGE) if content[at + 1:at + PAGE].strip(b"\0") not in
+               (b"", b"a" * (PAGE - 1), b"b" * (PAGE - 1))]
+    return len(content) // PAGE, strange
+
+
 @case
 def collapse_and_insert(t):
     fd = os.open("f", os.O_RDWR | os.O_CREAT)
@@ -89,6 +113,7 @@ def collapse_and_insert(t):
                                        ("keep", COLLAPSE_RANGE | KEEP_SIZE, PAGE, PAGE)):
         t(name, call, "fallocate", fd, mode, offset, length)
     t("size", lambda: os.fstat(fd).st_size)
+    t("together", while_another_writes_through_a_mapping, "g")
     t("rdonly", lambda: call("fallocate", os.open("f", os.O_RDONLY), COLLAPSE_RANGE, PAGE, PAGE))
     t("directory", lambda: call("fallocate", os.open(".", os.O_RDONLY), COLLAPSE_RANGE, PAGE, PAGE))
 

@@ -2,6 +2,7 @@
 
 use std::ffi::CStr;
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -48,15 +49,24 @@ impl Broker {
         error.raw_os_error() == Some(libc::EPERM) && (Self::is_trusted(name) || name.to_bytes().starts_with(SECURITY))
     }
 
-    /// Has a request on the file `fd` obeyed, and returns what was asked for.
+    /// Has a request on the file `fd` obeyed, and returns what was asked for. Where nobody listens any more it is refused, as without a
+    /// broker.
     pub(super) fn ask(&self, fd: RawFd, request: &Request<'_>) -> io::Result<Vec<u8>> {
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        socket.send_with_fd(&request.to_bytes()[..], fd).map_err(|error| errno(error.errno()))?;
+        socket.send_with_fd(&request.to_bytes()[..], fd).map_err(|error| match error.errno() {
+            libc::EPIPE | libc::ECONNRESET | libc::ENOTCONN => errno(libc::EPERM),
+            number => errno(number),
+        })?;
         let mut answer = vec![0; request.longest_answer()];
         let len = loop {
             match socket.recv(&mut answer) {
+                Ok(len) => break len,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => break result?,
+                // Were the answer to come yet, the next request would take it for its own.
+                Err(_) => {
+                    let _ = socket.shutdown(Shutdown::Both);
+                    break 0;
+                }
             }
         };
         match parse_answer(&answer[..len]) {

@@ -230,7 +230,7 @@ fn add(netlink: &mut Netlink, now: &mut Network, new: &Network, refused: &mut Re
     // Their names come before their sysctls, which have them in their paths.
     let named = name_interfaces(netlink, &now.interfaces, &new.interfaces, refused);
     now.interfaces.extend(named.into_iter().map(Interface::unraised));
-    for (path, value) in &new.sysctls {
+    for (path, value) in in_order(&new.sysctls) {
         if now.sysctls.get(path) != Some(value) && refused.is_done(set_sysctl(path, value)) {
             now.sysctls.insert(path.clone(), value.clone());
         }
@@ -355,6 +355,13 @@ fn zero_terminated(name: &str) -> Vec<u8> {
     let mut bytes = name.as_bytes().to_vec();
     bytes.push(0);
     bytes
+}
+
+/// The sysctls in an order in which they can be set: some of all interfaces change those of each.
+fn in_order(sysctls: &HashMap<String, String>) -> Vec<(&String, &String)> {
+    let mut sysctls: Vec<_> = sysctls.iter().collect();
+    sysctls.sort_by_key(|(path, _)| (!path.contains("/conf/all/"), *path));
+    sysctls
 }
 
 /// Sets a sysctl, if there is one; a guest's kernel may have been built without some of what the host's has.
@@ -670,6 +677,21 @@ mod tests {
             assert_eq!(routes_of_the_kernel(), [2, 3]);
             assert_eq!(fs::read_to_string("/sys/class/net/lo/mtu").unwrap(), "1400\n");
             assert_eq!((now.routes.len(), now.interfaces), (2, wanted.interfaces));
+        });
+    }
+
+    #[test]
+    fn sysctls_of_all_interfaces_leave_those_of_one_alone() {
+        elsewhere(|| {
+            let value =
+                |name: &str| fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6")).unwrap();
+            let path = |name: &str| format!("ipv6/conf/{name}/disable_ipv6");
+            // A map has its entries in another order each time.
+            for (all, one) in [("0", "1"), ("1", "0")].repeat(8) {
+                let sysctls = [(path("all"), all.to_owned()), (path("lo"), one.to_owned())].into();
+                set_up(&Network { sysctls, ..Network::default() }).unwrap();
+                assert_eq!((value("all").trim(), value("lo").trim()), (all, one));
+            }
         });
     }
 

@@ -25,6 +25,7 @@ pub(super) fn network(network: wire::Network) -> Result<Network> {
         routes: network.routes.into_iter().map(route).collect::<Result<_>>()?,
         sysctls: network.sysctls,
         rules: network.rules.into_iter().map(rule).collect::<Result<_>>()?,
+        missing_rules: network.missing_rules.into_iter().map(rule).collect::<Result<_>>()?,
     })
 }
 
@@ -213,9 +214,11 @@ mod tests {
             let rule =
                 wire::Rule { family: 2, attributes: (1..20).map(|at| (at, vec![7])).collect(), ..Default::default() };
             let route = wire::Route { family: 2, metrics: (1..20).map(|at| (at, 7)).collect(), ..Default::default() };
-            wire::Network { rules: vec![rule], routes: vec![route], ..Default::default() }
+            let missing_rules = vec![wire::Rule { family: 10, ..rule.clone() }];
+            wire::Network { rules: vec![rule], routes: vec![route], missing_rules, ..Default::default() }
         };
         let first = network(request()).unwrap();
+        assert_eq!((first.rules.len(), first.missing_rules[0].family), (1, AF_INET6));
         assert_eq!(first, network(request()).unwrap());
     }
 

@@ -274,7 +274,8 @@ pub(crate) fn device_name(index: usize) -> String {
 pub(super) fn describe_links(netlink: &mut Netlink, links: &[Link]) -> Result<wire::Network, NetworkError> {
     let mut description =
         describe::describe(netlink, links).map_err(namespace_step("read addresses, routes and neighbours"))?;
-    description.rules = rules::describe(netlink).map_err(namespace_step("read the routing rules"))?;
+    let rules = rules::describe(netlink).map_err(namespace_step("read the routing rules"))?;
+    (description.rules, description.missing_rules) = (rules.added, rules.missing);
     Ok(description)
 }
 

@@ -670,6 +670,40 @@ mod tests {
     }
 
     #[test]
+    fn the_loopback_interface_gets_addresses_beside_its_own() {
+        elsewhere(|| {
+            let is_local = |address: &str| std::net::UdpSocket::bind((address, 0)).is_ok();
+            let of_ipv6 = Address {
+                address: "2001:db8::7".parse().unwrap(),
+                prefix_length: 128,
+                peer: None,
+                broadcast: None,
+                scope: 0,
+            };
+            let mut wanted = lo(65_536, &[7]);
+            wanted.addresses[0].prefix_length = 24;
+            wanted.addresses.push(of_ipv6);
+            let range = |destination: [u8; 4], source| {
+                let destination = Some(destination.into());
+                Route { destination, table: 255, scope: 254, kind: 2, ..route(0, source) }
+            };
+            // The one that follows from that prefix on a host, and one without an address.
+            let routes = vec![range([192, 0, 2, 0], Some([192, 0, 2, 7].into())), range([198, 51, 100, 0], None)];
+            let network = Network { interfaces: vec![wanted], routes, ..Network::default() };
+            let before = Network { interfaces: vec![lo(65_536, &[])], ..Network::default() };
+            set_up(&before).unwrap();
+            let all = ["192.0.2.7", "192.0.2.200", "198.51.100.1", "2001:db8::7"];
+            let (now, outcome) = update(&before, &network);
+            outcome.unwrap();
+            assert_eq!(all.map(is_local), [true; 4]);
+            let (_, outcome) = update(&now, &before);
+            outcome.unwrap();
+            assert_eq!(all.map(is_local), [false; 4]);
+            assert!(is_local("127.0.0.1") && is_local("127.8.8.8") && is_local("::1"));
+        });
+    }
+
+    #[test]
     fn sysctls_of_all_interfaces_leave_those_of_one_alone() {
         elsewhere(|| {
             let value =

@@ -7,7 +7,7 @@
 pub mod user;
 
 /// Version of the protocol. Sides with equal majors understand each other; a minor only adds.
-pub const VERSION: (u32, u32) = (1, 8);
+pub const VERSION: (u32, u32) = (1, 9);
 
 /// The vsock port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;

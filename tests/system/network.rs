@@ -64,15 +64,25 @@ fn the_guest_has_what_the_namespace_has() {
     netns.ip("route add 203.0.113.0/24 via 10.99.0.1 dev eth0 onlink table 77");
     netns.ip("rule add from 10.88.0.0/16 iif eth0 fwmark 0x7/0xff lookup 77 priority 500");
     netns.ip("-6 rule add to 2001:db8::/32 unreachable priority 600");
+    // As Cilium does it.
+    netns.ip("rule add lookup local priority 100");
+    netns.ip("rule del priority 0");
+    netns.ip("-6 rule del priority 32766");
+    netns.ip("addr add 198.18.0.10/32 dev lo");
+    netns.ip("addr add 198.18.1.1/24 dev lo");
+    netns.ip("addr add 2001:db8:1::1/64 dev lo");
+    netns.ip("route add local 198.18.2.0/24 dev lo");
+    netns.ip("-6 route add local 2001:db8:2::/64 dev lo");
     host(&format!("ip netns exec {} sysctl -qw net.ipv4.conf.eth0.rp_filter=2 net.core.somaxconn=77", netns.name));
     let link = netns.ip("-o link show eth0");
     let mac = link.split_whitespace().skip_while(|word| *word != "link/ether").nth(1).unwrap();
     let script = format!(
         "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu
          cat /proc/sys/net/ipv4/conf/eth0/rp_filter /proc/sys/net/core/somaxconn
-         ip -o addr show dev eth0; ip neigh show nud permanent; ip rule; ip -6 rule
-         echo ROUTES; {IP} route; {IP} route show table 77; {IP} neigh show proxy
-         echo ROUTES; ip -6 route show"
+         ip -o addr show dev eth0; ip -o addr show dev lo; ip neigh show nud permanent
+         echo ROUTES; {IP} route; {IP} route show table 77; {IP} route show table local; {IP} neigh show proxy
+         {IP} rule; {IP} -6 rule
+         echo ROUTES; ip -6 route show; {IP} -6 route show table local"
     );
     let (option, image) = (netns.option(), busybox());
     let options = ["run", "--rm", "--memory", "128", "--net", &option, "-v", "/usr:/host:ro", &image];
@@ -84,15 +94,21 @@ fn the_guest_has_what_the_namespace_has() {
         &format!("{}/64", netns.address6()),
         "10.88.0.77",
         "fe80::",
-        "500:\tfrom 10.88.0.0/16",
-        "2001:db8::/32",
+        "127.0.0.1/8",
+        "198.18.0.10/32",
+        "198.18.1.1/24",
+        "2001:db8:1::1/64",
     ] {
         assert!(own.contains(wanted), "{wanted} is not in {own}");
     }
-    let expected = netns.ip("route") + &netns.ip("route show table 77") + &netns.ip("neigh show proxy");
+    let expected: String =
+        ["route", "route show table 77", "route show table local", "neigh show proxy", "rule", "-6 rule"]
+            .map(|command| netns.ip(command))
+            .concat();
     // The guest's link may be a moment late.
     assert_eq!(sorted(&routes.replace(" linkdown", "")), sorted(&expected));
-    for wanted in [&format!("default via {}", netns.host_address6()), "fe80::/64"] {
+    let default = format!("default via {}", netns.host_address6());
+    for wanted in [&default, "fe80::/64", "2001:db8:1::/64 dev lo", "local 2001:db8:2::/64 dev lo"] {
         assert!(routes6.contains(wanted), "{wanted} is not in {routes6}");
     }
     assert_eq!(netns.traces(), [""; 0]);
@@ -101,8 +117,17 @@ fn the_guest_has_what_the_namespace_has() {
 #[test]
 fn packets_pass_both_ways_and_both_families() {
     let netns = Netns::with_eth0(1500);
+    // The guest has these on its loopback interface: one that the host asks for on the link, others by the guest's own.
+    netns.ip("addr add 198.18.0.10/32 dev lo");
+    netns.ip("route add local 198.18.1.0/24 dev lo");
+    netns.ip("addr add 2001:db8:1::10/128 dev lo");
+    host(&format!("ip route add 198.18.0.10/32 dev {}", netns.host_end("eth0")));
+    host(&format!("ip route add 198.18.1.0/24 via {}", netns.address()));
+    host(&format!("ip route add 2001:db8:1::10/128 via {}", netns.address6()));
     let container = stay(&netns, "while :; do echo hello | nc -l -p 7000; done");
-    for address in [format!("{}:7000", netns.address()), format!("[{}]:7000", netns.address6())] {
+    let own = [&netns.address(), &format!("[{}]", netns.address6())];
+    let all = own.into_iter().map(String::as_str).chain(["198.18.0.10", "198.18.1.77", "[2001:db8:1::10]"]);
+    for address in all.map(|address| format!("{address}:7000")) {
         let mut answer = String::new();
         connect(&address).read_to_string(&mut answer).unwrap();
         assert_eq!(answer, "hello\n", "{address}");
@@ -337,6 +362,10 @@ print('exact')
 #[test]
 fn a_listener_on_the_guests_loopback_is_reached_from_the_namespace() {
     let netns = Netns::with_eth0(1500);
+    // Neither other addresses there, nor that the rule for them is not where it was, is in the way.
+    netns.ip("addr add 198.18.0.10/32 dev lo");
+    netns.ip("rule add lookup local priority 100");
+    netns.ip("rule del priority 0");
     let program = "
 import socket
 server = socket.create_server(('127.0.0.1', 7000))
@@ -471,7 +500,8 @@ fn a_gateway_beyond_every_route_is_taken_over() {
 fn changes_of_the_namespace_reach_the_guest() {
     let netns = Netns::with_eth0(1500);
     let container = stay(&netns, "sleep 1000");
-    let look = || container.exec(["sh", "-c", "ip addr; ip route; ip -6 route; ip rule"]).run().ok();
+    let script = "ip addr; ip route; ip -6 route; ip rule; ip -6 rule | sed 's/^/six /'";
+    let look = || container.exec(["sh", "-c", script]).run().ok();
     let wait = |holds: &dyn Fn(&str) -> bool| {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
@@ -486,8 +516,27 @@ fn changes_of_the_namespace_reach_the_guest() {
     netns.ip("addr add 2001:db8::7/128 dev eth0 nodad");
     netns.ip("route add 198.51.100.0/24 via 10.88.99.1 dev eth0 onlink src 192.0.2.7");
     netns.ip("rule add from 192.0.2.7 lookup 77 priority 700");
+    netns.ip("addr add 198.18.0.10/32 dev lo");
+    netns.ip("addr add 2001:db8:1::10/128 dev lo");
+    // What looks into the table of the guest's own addresses moves, and of IPv6 the one for the main table goes.
+    netns.ip("rule add lookup local priority 100");
+    netns.ip("rule del priority 0");
+    netns.ip("-6 rule del priority 32766");
+    let on_loopback = ["198.18.0.10/32", "2001:db8:1::10/128", "\n100:"];
+    let own = ["\n0:", "\nsix 32766:"];
     let all = ["192.0.2.7/32", "2001:db8::7/128", "198.51.100.0/24 via 10.88.99.1", "700:"];
-    wait(&|said| all.iter().all(|wanted| said.contains(wanted)));
+    wait(&|said| {
+        all.iter().chain(&on_loopback).all(|wanted| said.contains(wanted))
+            && !own.iter().any(|gone| said.contains(gone))
+    });
+    host(&format!("ip route add 198.18.0.10/32 dev {}", netns.host_end("eth0")));
+    host("busybox ping -c 2 -W 20 198.18.0.10");
+    netns.ip("rule add lookup local priority 0");
+    netns.ip("rule del priority 100");
+    netns.ip("-6 rule add lookup main priority 32766");
+    netns.ip("addr del 198.18.0.10/32 dev lo");
+    netns.ip("addr del 2001:db8:1::10/128 dev lo");
+    wait(&|said| own.iter().all(|wanted| said.contains(wanted)) && !on_loopback.iter().any(|gone| said.contains(gone)));
     netns.ip("rule del priority 700");
     netns.ip("addr del 192.0.2.7/32 dev eth0");
     netns.ip("addr del 2001:db8::7/128 dev eth0");
@@ -497,9 +546,11 @@ fn changes_of_the_namespace_reach_the_guest() {
     netns.ip("link set eth0 arp on");
     wait(&|said| !said.contains("NOARP"));
     // What the guest cannot have keeps nothing else waiting: a larger MTU than its device was made for, and a route from
-    // an address of the namespace's loopback interface.
+    // an address of an interface that is left alone.
     netns.ip("link set eth0 mtu 2000");
-    netns.ip("addr add 192.0.2.99/32 dev lo");
+    netns.ip("tuntap add dev tun0 mode tun");
+    netns.ip("link set tun0 up");
+    netns.ip("addr add 192.0.2.99/32 dev tun0");
     netns.ip("route add 203.0.113.0/24 dev eth0 src 192.0.2.99");
     netns.ip("route add 203.0.114.0/24 dev eth0");
     wait(&|said| said.contains("203.0.114.0/24"));

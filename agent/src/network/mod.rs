@@ -5,6 +5,7 @@
 //! those that others depend on first.
 
 mod netlink;
+mod rules;
 
 use std::collections::HashMap;
 use std::fs;
@@ -64,7 +65,10 @@ pub(crate) struct Network {
     pub(crate) routes: Vec<Route>,
     /// By path below /proc/sys/net.
     pub(crate) sysctls: HashMap<String, String>,
+    /// Beyond those that the kernel makes.
     pub(crate) rules: Vec<Rule>,
+    /// Those of the kernel's that are not there.
+    pub(crate) missing_rules: Vec<Rule>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -199,11 +203,8 @@ pub(crate) fn update(old: &Network, new: &Network) -> (Network, Result<()>) {
     (now, refused.into_result())
 }
 
-/// Takes away what `now` has and `new` has not, against the order in which it was made.
+/// Takes away what `now` has and `new` has not, against the order in which it was made, but for rules.
 fn take_away(netlink: &mut Netlink, now: &mut Network, new: &Network, refused: &mut Refused) {
-    remove_others(&mut now.rules, &new.rules, |rule| {
-        refused.is_done(remove(netlink, rule_message(Request::removal, rule), "remove a routing rule"))
-    });
     remove_others(&mut now.routes, &new.routes, |route| {
         // It went with its interface.
         let Ok(hops) = resolve(&route.next_hops) else { return true };
@@ -225,12 +226,12 @@ fn take_away(netlink: &mut Netlink, now: &mut Network, new: &Network, refused: &
     now.sysctls.retain(|path, _| new.sysctls.contains_key(path));
 }
 
-/// Adds what `new` has and `now` has not.
+/// Adds what `new` has and `now` has not, and takes away rules.
 fn add(netlink: &mut Netlink, now: &mut Network, new: &Network, refused: &mut Refused) {
     // Their names come before their sysctls, which have them in their paths.
     let named = name_interfaces(netlink, &now.interfaces, &new.interfaces, refused);
     now.interfaces.extend(named.into_iter().map(Interface::unraised));
-    for (path, value) in &new.sysctls {
+    for (path, value) in in_order(&new.sysctls) {
         if now.sysctls.get(path) != Some(value) && refused.is_done(set_sysctl(path, value)) {
             now.sysctls.insert(path.clone(), value.clone());
         }
@@ -253,8 +254,13 @@ fn add(netlink: &mut Netlink, now: &mut Network, new: &Network, refused: &mut Re
     }
     // The kernel takes routes away with the addresses that they prefer, so all are asked for again.
     now.routes.retain(|route| !new.routes.contains(route));
+    add_missing(&mut now.routes, &new.routes, |route| add_route(netlink, route).is_ok());
+    // It looks for gateways by its rules, of which the namespace may have lost one since it got these routes.
+    if new.routes.iter().any(|route| !now.routes.contains(route)) {
+        rules::restore(netlink, now, &[], refused);
+    }
     add_missing(&mut now.routes, &new.routes, |route| refused.is_done(add_route(netlink, route)));
-    add_missing(&mut now.rules, &new.rules, |rule| refused.is_done(add_rule(netlink, rule)));
+    rules::exchange(netlink, now, new, refused);
 }
 
 /// Removes those of `items` that are not `wanted`, the last first, but for those that `remove` fails at.
@@ -357,6 +363,13 @@ fn zero_terminated(name: &str) -> Vec<u8> {
     bytes
 }
 
+/// The sysctls in an order in which they can be set: some of all interfaces change those of each.
+fn in_order(sysctls: &HashMap<String, String>) -> Vec<(&String, &String)> {
+    let mut sysctls: Vec<_> = sysctls.iter().collect();
+    sysctls.sort_by_key(|(path, _)| (!path.contains("/conf/all/"), *path));
+    sysctls
+}
+
 /// Sets a sysctl, if there is one; a guest's kernel may have been built without some of what the host's has.
 fn set_sysctl(path: &str, value: &str) -> Result<()> {
     match fs::write(Path::new(SYSCTLS).join(path), value) {
@@ -390,13 +403,6 @@ fn add_neighbour(netlink: &mut Netlink, interface: &Interface, neighbour: &Neigh
     netlink
         .call(neighbour_message(Request::new, neighbour, index))
         .step_with(|| format!("tell {} of its neighbour {}", interface.name, neighbour.address))
-}
-
-fn add_rule(netlink: &mut Netlink, rule: &Rule) -> Result<()> {
-    match netlink.call(rule_message(Request::new, rule)) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        result => result.step("add a routing rule"),
-    }
 }
 
 /// What becomes of what a message describes: [`Request::new`] or [`Request::removal`].
@@ -492,16 +498,6 @@ fn route_message(action: Action, route: &Route, hops: &[(&NextHop, u32)]) -> Req
     })
 }
 
-/// `struct fib_rule_hdr`: family, prefix lengths of destination and source, type of service, table, action, flags.
-fn rule_message(action: Action, rule: &Rule) -> Request {
-    let (family, lengths) = (rule.family, [rule.destination_prefix_length, rule.source_prefix_length]);
-    // The table is an attribute; behind it two bytes without a meaning.
-    let mut body = vec![family, lengths[0], lengths[1], rule.tos, 0, 0, 0, rule.action];
-    body.extend(rule.flags.to_ne_bytes());
-    let add = |request: Request, (kind, value): &(u16, Vec<u8>)| request.with(*kind, value);
-    rule.attributes.iter().fold(action(Kind::Rule, &body), add)
-}
-
 fn hop_flags(hop: &NextHop) -> u8 {
     if hop.onlink { RTNH_F_ONLINK } else { 0 }
 }
@@ -586,7 +582,7 @@ mod tests {
     }
 
     /// Does `work` on a thread with a network and a view of it of its own, where this machine lets it.
-    fn elsewhere(work: impl FnOnce() + Send + 'static) {
+    pub(super) fn elsewhere(work: impl FnOnce() + Send + 'static) {
         let thread = std::thread::spawn(|| {
             use nix::sched::CloneFlags;
             use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
@@ -603,7 +599,7 @@ mod tests {
     }
 
     /// The one interface that any namespace has, with addresses in 192.0.2.0/24.
-    fn lo(mtu: u32, hosts: &[u8]) -> Interface {
+    pub(super) fn lo(mtu: u32, hosts: &[u8]) -> Interface {
         let address = |host: &u8| {
             let address = [192, 0, 2, *host].into();
             Address { address, prefix_length: 32, peer: None, broadcast: None, scope: 0 }
@@ -612,7 +608,7 @@ mod tests {
     }
 
     /// A route to 198.51.`third`.0/24.
-    fn route(third: u8, preferred_source: Option<IpAddr>) -> Route {
+    pub(super) fn route(third: u8, preferred_source: Option<IpAddr>) -> Route {
         let hop = NextHop { interface: "lo".into(), gateway: None, onlink: false, weight: 1 };
         Route {
             family: AF_INET,
@@ -633,7 +629,7 @@ mod tests {
     }
 
     /// The third bytes of the destinations of the main table's routes.
-    fn routes_of_the_kernel() -> Vec<u8> {
+    pub(super) fn routes_of_the_kernel() -> Vec<u8> {
         let table = fs::read_to_string("/proc/thread-self/net/route").unwrap();
         let destinations = table.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1));
         let third = |destination: &str| u8::from_str_radix(&destination[2..4], 16).unwrap();
@@ -670,6 +666,55 @@ mod tests {
             assert_eq!(routes_of_the_kernel(), [2, 3]);
             assert_eq!(fs::read_to_string("/sys/class/net/lo/mtu").unwrap(), "1400\n");
             assert_eq!((now.routes.len(), now.interfaces), (2, wanted.interfaces));
+        });
+    }
+
+    #[test]
+    fn the_loopback_interface_gets_addresses_beside_its_own() {
+        elsewhere(|| {
+            let is_local = |address: &str| std::net::UdpSocket::bind((address, 0)).is_ok();
+            let of_ipv6 = Address {
+                address: "2001:db8::7".parse().unwrap(),
+                prefix_length: 128,
+                peer: None,
+                broadcast: None,
+                scope: 0,
+            };
+            let mut wanted = lo(65_536, &[7]);
+            wanted.addresses[0].prefix_length = 24;
+            wanted.addresses.push(of_ipv6);
+            let range = |destination: [u8; 4], source| {
+                let destination = Some(destination.into());
+                Route { destination, table: 255, scope: 254, kind: 2, ..route(0, source) }
+            };
+            // The one that follows from that prefix on a host, and one without an address.
+            let routes = vec![range([192, 0, 2, 0], Some([192, 0, 2, 7].into())), range([198, 51, 100, 0], None)];
+            let network = Network { interfaces: vec![wanted], routes, ..Network::default() };
+            let before = Network { interfaces: vec![lo(65_536, &[])], ..Network::default() };
+            set_up(&before).unwrap();
+            let all = ["192.0.2.7", "192.0.2.200", "198.51.100.1", "2001:db8::7"];
+            let (now, outcome) = update(&before, &network);
+            outcome.unwrap();
+            assert_eq!(all.map(is_local), [true; 4]);
+            let (_, outcome) = update(&now, &before);
+            outcome.unwrap();
+            assert_eq!(all.map(is_local), [false; 4]);
+            assert!(is_local("127.0.0.1") && is_local("127.8.8.8") && is_local("::1"));
+        });
+    }
+
+    #[test]
+    fn sysctls_of_all_interfaces_leave_those_of_one_alone() {
+        elsewhere(|| {
+            let value =
+                |name: &str| fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6")).unwrap();
+            let path = |name: &str| format!("ipv6/conf/{name}/disable_ipv6");
+            // A map has its entries in another order each time.
+            for (all, one) in [("0", "1"), ("1", "0")].repeat(8) {
+                let sysctls = [(path("all"), all.to_owned()), (path("lo"), one.to_owned())].into();
+                set_up(&Network { sysctls, ..Network::default() }).unwrap();
+                assert_eq!((value("all").trim(), value("lo").trim()), (all, one));
+            }
         });
     }
 

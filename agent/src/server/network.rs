@@ -25,6 +25,7 @@ pub(super) fn network(network: wire::Network) -> Result<Network> {
         routes: network.routes.into_iter().map(route).collect::<Result<_>>()?,
         sysctls: network.sysctls,
         rules: network.rules.into_iter().map(rule).collect::<Result<_>>()?,
+        missing_rules: network.missing_rules.into_iter().map(rule).collect::<Result<_>>()?,
     })
 }
 
@@ -88,7 +89,7 @@ fn route(route: wire::Route) -> Result<Route> {
         priority: route.priority,
         preferred_source: of_family("network.routes.preferred_source", &route.preferred_source, family)?,
         next_hops: route.next_hops.into_iter().map(next_hop).collect::<Result<_>>()?,
-        metrics: route.metrics.into_iter().map(metric).collect::<Result<_>>()?,
+        metrics: sorted(route.metrics.into_iter().map(metric).collect::<Result<_>>()?),
     })
 }
 
@@ -110,8 +111,14 @@ fn rule(rule: wire::Rule) -> Result<Rule> {
         tos: byte(field, rule.tos)?,
         action: byte(field, rule.action)?,
         flags: rule.flags,
-        attributes: rule.attributes.into_iter().map(attribute).collect::<Result<_>>()?,
+        attributes: sorted(rule.attributes.into_iter().map(attribute).collect::<Result<_>>()?),
     })
+}
+
+/// What a map has in no order of its own, in one in which what is the same in two requests is found to be.
+fn sorted<T: Ord>(mut entries: Vec<T>) -> Vec<T> {
+    entries.sort_unstable();
+    entries
 }
 
 fn known_family(field: &'static str, family: u32) -> Result<u8> {
@@ -199,6 +206,20 @@ mod tests {
             assert!(eth0(|interface| interface.name = bad.into()).is_err(), "{bad:?}");
         }
         assert!(eth0(|interface| interface.mac.truncate(5)).is_err());
+    }
+
+    #[test]
+    fn what_two_requests_have_alike_is_alike() {
+        let request = || {
+            let rule =
+                wire::Rule { family: 2, attributes: (1..20).map(|at| (at, vec![7])).collect(), ..Default::default() };
+            let route = wire::Route { family: 2, metrics: (1..20).map(|at| (at, 7)).collect(), ..Default::default() };
+            let missing_rules = vec![wire::Rule { family: 10, ..rule.clone() }];
+            wire::Network { rules: vec![rule], routes: vec![route], missing_rules, ..Default::default() }
+        };
+        let first = network(request()).unwrap();
+        assert_eq!((first.rules.len(), first.missing_rules[0].family), (1, AF_INET6));
+        assert_eq!(first, network(request()).unwrap());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 
 use super::cni::Cni;
-use super::describe::{self, Link};
+use super::describe::{self, LOOPBACK, Link};
 use super::error::{NetworkError, interface_step, namespace_step};
 use super::follow::{Follower, Following, Known};
 use super::forward::{self, Forwarding};
@@ -270,19 +270,30 @@ pub(crate) fn device_name(index: usize) -> String {
     format!("net{index}")
 }
 
-/// Describes these interfaces, as far as they are still there, and the routes and rules of their namespace.
-pub(super) fn describe_links(netlink: &mut Netlink, links: &[Link]) -> Result<wire::Network, NetworkError> {
+/// Describes the interfaces that were `taken`, as far as they are still there, and behind them the loopback interface among
+/// `all` of their namespace, its routes and rules.
+pub(super) fn describe_links(
+    netlink: &mut Netlink,
+    taken: &[Link],
+    all: &[Link],
+) -> Result<wire::Network, NetworkError> {
+    // Where it is down, its addresses are nobody's.
+    let loopback = all.iter().find(|link| link.is_loopback && link.is_up);
+    let links: Vec<Link> = taken.iter().chain(loopback).cloned().collect();
     let mut description =
-        describe::describe(netlink, links).map_err(namespace_step("read addresses, routes and neighbours"))?;
-    description.rules = rules::describe(netlink).map_err(namespace_step("read the routing rules"))?;
+        describe::describe(netlink, &links).map_err(namespace_step("read addresses, routes and neighbours"))?;
+    let rules = rules::describe(netlink).map_err(namespace_step("read the routing rules"))?;
+    (description.rules, description.missing_rules) = (rules.added, rules.missing);
     Ok(description)
 }
 
 /// Reads what there is in the namespace, and sees to it that nobody else has it.
 fn look(netlink: &mut Netlink) -> Result<(Vec<Link>, wire::Network), NetworkError> {
-    let links = chosen(describe::links(netlink).map_err(namespace_step("list the interfaces"))?)?;
-    let mut description = describe_links(netlink, &links)?;
-    description.sysctls = sysctls::read(links.iter().map(|link| link.name.as_str()));
+    let all = describe::links(netlink).map_err(namespace_step("list the interfaces"))?;
+    let links = chosen(&all)?;
+    let mut description = describe_links(netlink, &links, &all)?;
+    let names = links.iter().map(|link| link.name.as_str());
+    description.sysctls = sysctls::read(names.chain(std::iter::once(LOOPBACK)));
     for link in &links {
         clear(netlink, link)?;
     }
@@ -301,10 +312,10 @@ fn clear(netlink: &mut Netlink, link: &Link) -> Result<(), NetworkError> {
 }
 
 /// The interfaces that the guest is to have.
-pub(super) fn chosen(links: Vec<Link>) -> Result<Vec<Link>, NetworkError> {
+pub(super) fn chosen(links: &[Link]) -> Result<Vec<Link>, NetworkError> {
     let mut chosen = Vec::new();
-    for link in &links {
-        if is_for_guest(link, &links)? {
+    for link in links {
+        if is_for_guest(link, links)? {
             chosen.push(link.clone());
         }
     }

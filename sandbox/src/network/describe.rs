@@ -2,11 +2,11 @@
 //!
 //! Everything is taken as the kernel lists it, but for what belongs to the host's end alone: routes that follow from an
 //! interface's addresses in the table `local`, routes that were learned from a redirect, neighbours that were found
-//! out. The guest finds out its own.
+//! out, and the loopback interface's first addresses. The guest finds out its own.
 
 use std::collections::HashMap;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hull_protocol::agent as wire;
 use netlink_packet_core::Nla;
@@ -21,13 +21,17 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
+use super::LOOPBACK_INDEX;
 use super::netlink::Netlink;
 
 /// The table that the kernel fills with the host's own addresses (`RT_TABLE_LOCAL`).
 const TABLE_LOCAL: u32 = 255;
 /// The scope of a link's own routes and of those on the host itself; smaller numbers reach further.
 const SCOPE_LINK: u8 = 253;
-const LOOPBACK: &str = "lo";
+pub(super) const LOOPBACK: &str = "lo";
+/// What the kernel gives every loopback interface that comes up.
+const ADDRESSES_OF_LOOPBACK: [(IpAddr, u32); 2] =
+    [(IpAddr::V4(Ipv4Addr::LOCALHOST), 8), (IpAddr::V6(Ipv6Addr::LOCALHOST), 128)];
 
 /// An interface of the namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,6 +117,7 @@ pub(super) fn describe(netlink: &mut Netlink, links: &[Link]) -> io::Result<wire
         if let RouteNetlinkMessage::NewAddress(message) = message
             && let Some(&at) = place.get(&message.header.index)
             && let Some(address) = address(&message)
+            && !(links[at].is_loopback && is_given(&address))
         {
             interfaces[at].addresses.push(address);
         }
@@ -132,8 +137,8 @@ pub(super) fn describe(netlink: &mut Netlink, links: &[Link]) -> io::Result<wire
         }
     }
     let mut names: HashMap<u32, &str> = links.iter().map(|link| (link.index, link.name.as_str())).collect();
-    // The loopback interface is the first of every namespace.
-    names.insert(1, LOOPBACK);
+    // The loopback interface is the first of every namespace, and the guest's is there whether this one is up or not.
+    names.entry(LOOPBACK_INDEX).or_insert(LOOPBACK);
     let mut routes = Vec::new();
     for message in netlink.dump(&RouteNetlinkMessage::GetRoute(RouteMessage::default()))? {
         if let RouteNetlinkMessage::NewRoute(message) = message {
@@ -142,6 +147,13 @@ pub(super) fn describe(netlink: &mut Netlink, links: &[Link]) -> io::Result<wire
     }
     sort(&mut routes);
     Ok(wire::Network { interfaces, routes, ..Default::default() })
+}
+
+/// Whether the guest's loopback interface has an address already.
+fn is_given(address: &wire::Address) -> bool {
+    ADDRESSES_OF_LOOPBACK
+        .iter()
+        .any(|(given, length)| octets(*given) == address.address && *length == address.prefix_length)
 }
 
 /// Puts routes without a gateway before those with one, and of the former those on the link first: the kernel takes a
@@ -238,7 +250,8 @@ fn route(message: &RouteMessage, names: &HashMap<u32, &str>) -> Option<wire::Rou
         }
     }
     let kernels_own = header.protocol == RouteProtocol::Kernel
-        && (route.table == TABLE_LOCAL || matches!(header.kind, RouteType::Multicast | RouteType::Anycast));
+        && (route.table == TABLE_LOCAL && !is_own_range(&route)
+            || matches!(header.kind, RouteType::Multicast | RouteType::Anycast));
     let passing = header.flags.contains(RouteFlags::Cloned) || header.protocol == RouteProtocol::IcmpRedirect;
     if kernels_own || passing || matches!(header.kind, RouteType::Broadcast) {
         return None;
@@ -256,6 +269,13 @@ fn route(message: &RouteMessage, names: &HashMap<u32, &str>) -> Option<wire::Rou
         (None, None) => {}
     }
     Some(route)
+}
+
+/// Whether a route takes a range of addresses for the namespace's own. The kernel makes one for an address of the loopback
+/// interface that has a prefix, and as it does not derive routes to prefixes in the guest, this one is carried over.
+fn is_own_range(route: &wire::Route) -> bool {
+    let is_given = route.destination.first() == Some(&127);
+    route.family == 2 && route.type_ == u32::from(u8::from(RouteType::Local)) && route.prefix_length < 32 && !is_given
 }
 
 fn next_hop(next: &RouteNextHop, names: &HashMap<u32, &str>) -> Option<wire::NextHop> {
@@ -356,7 +376,15 @@ mod tests {
         assert!(route(&message(vec![RouteAttribute::Oif(9)]), &names()).is_none());
         let mut local = message(vec![RouteAttribute::Oif(2)]);
         (local.header.table, local.header.kind, local.header.protocol) = (255, RouteType::Local, RouteProtocol::Kernel);
+        local.header.destination_prefix_length = 32;
         assert!(route(&local, &names()).is_none());
+        // A range of the loopback interface's is not, but for the one that any has.
+        local.header.destination_prefix_length = 24;
+        for (network, is_left_out) in [([10, 96, 0, 0], false), ([127, 0, 0, 0], true)] {
+            local.attributes =
+                vec![RouteAttribute::Destination(RouteAddress::Inet(network.into())), RouteAttribute::Oif(1)];
+            assert_eq!(route(&local, &names()).is_none(), is_left_out);
+        }
         // Somebody's own in that table is not.
         local.header.protocol = RouteProtocol::Static;
         assert!(route(&local, &names()).is_some());

@@ -172,7 +172,7 @@ impl Followed {
             }
         }
         let adapted = self.adapt(&links).await;
-        let told = self.tell().await;
+        let told = self.tell(&links).await;
         parted.and(adapted).and(told)
     }
 
@@ -193,7 +193,7 @@ impl Followed {
             outcome = outcome.and(forgotten.map_err(FollowError::from));
         }
         // Whatever the guest says of it: what is gone is gone.
-        let told = self.tell().await;
+        let told = self.tell(links).await;
         outcome = outcome.and(told);
         for joined in gone {
             let unplugged = self.unplug(&joined.device).await;
@@ -254,10 +254,10 @@ impl Followed {
         Ok(())
     }
 
-    /// Tells the agent what the namespace has, if that is news.
-    async fn tell(&mut self) -> Result<(), FollowError> {
-        let links: Vec<Link> = self.joined.iter().map(|joined| joined.link.clone()).collect();
-        let described = describe_links(&mut self.netlink, &links)?;
+    /// Tells the agent what the namespace has, whose interfaces are `links`, if that is news.
+    async fn tell(&mut self, links: &[Link]) -> Result<(), FollowError> {
+        let taken: Vec<Link> = self.joined.iter().map(|joined| joined.link.clone()).collect();
+        let described = describe_links(&mut self.netlink, &taken, links)?;
         let described = wire::Network { sysctls: self.sysctls.clone(), ..described };
         if self.told.as_ref() != Some(&described) {
             self.told = None;

@@ -3,7 +3,7 @@
 //! Each interface of the namespace gets a tap beside it, and what arrives at one leaves by the other. The interface
 //! itself stays as it is, with its addresses, so any CNI plugin, and any policy on the host's side of it, works as it
 //! does without a VM. The guest gets an interface of the same name, address and size for each, with the same addresses,
-//! routes and neighbours.
+//! routes and neighbours. Its own loopback interface gets what the namespace's has beyond what any has.
 //!
 //! ```text
 //!   CNI's end ─── eth0 ──(ingress: redirect)──▶ hull0 ───▶ virtio-net of the guest
@@ -54,6 +54,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use self::attachment::{HostEnd, device_name};
 use self::attachment::{Place, Taken, remove_all, take};
 use self::cni::{Cni, CniNote, PortMapping};
+use self::describe::LOOPBACK;
 pub use self::error::NetworkError;
 use self::error::namespace_step;
 use self::netlink::Netlink;
@@ -104,7 +105,7 @@ enum Held {
 }
 
 impl Attachment {
-    /// The host's ends, in the order in which the description has the interfaces. Once.
+    /// The host's ends, in the order in which the description has the interfaces, the loopback interface aside. Once.
     pub(crate) fn take_ends(&mut self) -> Vec<HostEnd> {
         std::mem::take(&mut self.ends)
     }
@@ -114,9 +115,11 @@ impl Attachment {
         &self.description
     }
 
-    /// The addresses of global scope in the description.
+    /// The addresses of global scope in the description, but for those of the loopback interface: by these nobody outside
+    /// knows the sandbox without a route of its own.
     pub(crate) fn addresses(&self) -> Vec<IpAddr> {
-        let addresses = self.description.interfaces.iter().flat_map(|interface| &interface.addresses);
+        let interfaces = self.description.interfaces.iter().filter(|interface| interface.name != LOOPBACK);
+        let addresses = interfaces.flat_map(|interface| &interface.addresses);
         let octets = addresses.filter(|address| address.scope == 0).map(|address| &address.address[..]);
         let parse = |octets: &[u8]| match *octets {
             [a, b, c, d] => Some(IpAddr::from([a, b, c, d])),

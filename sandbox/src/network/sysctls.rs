@@ -6,6 +6,8 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use super::describe::LOOPBACK;
+
 const ROOT: &str = "/proc/sys/net";
 
 /// Of the namespace as a whole.
@@ -56,7 +58,7 @@ pub(super) fn read<'a>(interfaces: impl Iterator<Item = &'a str>) -> HashMap<Str
     for name in std::iter::once("all").chain(interfaces) {
         IPV4.iter().for_each(|key| add(format!("ipv4/conf/{name}/{key}")));
         IPV6.iter().for_each(|key| add(format!("ipv6/conf/{name}/{key}")));
-        if name != "all" {
+        if name != "all" && name != LOOPBACK {
             own.push(format!("ipv6/conf/{name}/addr_gen_mode"));
         }
     }

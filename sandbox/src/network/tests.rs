@@ -35,7 +35,7 @@ fn take_at(path: &Path, queues: usize, dir: &Path) -> Result<Attachment, Network
 
 #[test]
 fn what_is_down_or_belongs_to_a_bridge_is_not_taken() {
-    let links = vec![
+    let links = [
         Link { is_loopback: true, ..link(1, "lo") },
         Link { is_up: false, is_ethernet: false, ..link(2, "tunl0") },
         Link { controller: Some(4), ..link(3, "port") },
@@ -43,18 +43,18 @@ fn what_is_down_or_belongs_to_a_bridge_is_not_taken() {
         // Its number is that of an interface elsewhere.
         Link { lower: Some(77), ..link(5, "eth0") },
     ];
-    let names: Vec<_> = chosen(links).unwrap().into_iter().map(|link| link.name).collect();
+    let names: Vec<_> = chosen(&links).unwrap().into_iter().map(|link| link.name).collect();
     assert_eq!(names, ["br0", "eth0"]);
 }
 
 #[test]
 fn what_cannot_be_taken_is_named() {
     let tunnel = Link { is_ethernet: false, ..link(2, "wg0") };
-    assert!(chosen(vec![tunnel]).unwrap_err().to_string().starts_with("interface wg0: it is not an Ethernet"));
+    assert!(chosen(&[tunnel]).unwrap_err().to_string().starts_with("interface wg0: it is not an Ethernet"));
     let vlan = Link { lower: Some(2), ..link(3, "eth0.5") };
-    assert!(chosen(vec![link(2, "eth0"), vlan]).unwrap_err().to_string().starts_with("interface eth0.5: "));
-    let many = (1..=17).map(|index| link(index, "x")).collect();
-    assert!(matches!(chosen(many), Err(NetworkError::TooMany { found: 17, most: MAX_INTERFACES })));
+    assert!(chosen(&[link(2, "eth0"), vlan]).unwrap_err().to_string().starts_with("interface eth0.5: "));
+    let many: Vec<Link> = (1..=17).map(|index| link(index, "x")).collect();
+    assert!(matches!(chosen(&many), Err(NetworkError::TooMany { found: 17, most: MAX_INTERFACES })));
 }
 
 #[test]
@@ -120,13 +120,8 @@ impl Namespace {
         self.make(RouteNetlinkMessage::NewLink(veth));
         self.set_up("peer", true);
         self.set_up("eth0", true);
+        self.add_address("eth0", [10, 9, 0, 2]);
         let index = self.index("eth0").unwrap();
-        let mut address = AddressMessage::default();
-        address.header.family = AddressFamily::Inet;
-        address.header.prefix_len = 24;
-        address.header.index = index;
-        address.attributes = vec![AddressAttribute::Local([10, 9, 0, 2].into())];
-        self.make(RouteNetlinkMessage::NewAddress(address));
         let mut route = RouteMessage::default();
         route.header.address_family = AddressFamily::Inet;
         route.header.table = 254;
@@ -136,6 +131,16 @@ impl Namespace {
         route.attributes =
             vec![RouteAttribute::Gateway(RouteAddress::Inet([10, 9, 0, 1].into())), RouteAttribute::Oif(index)];
         self.make(RouteNetlinkMessage::NewRoute(route));
+    }
+
+    /// Gives an interface an address of a network of 256.
+    fn add_address(&mut self, interface: &str, own: [u8; 4]) {
+        let mut address = AddressMessage::default();
+        address.header.family = AddressFamily::Inet;
+        address.header.prefix_len = 24;
+        address.header.index = self.index(interface).unwrap();
+        address.attributes = vec![AddressAttribute::Local(own.into())];
+        self.make(RouteNetlinkMessage::NewAddress(address));
     }
 
     fn make(&mut self, message: RouteNetlinkMessage) {
@@ -196,6 +201,30 @@ fn an_interface_is_described_and_joined_to_a_tap() {
     assert_eq!((&routes[0].destination[..], routes[0].prefix_length), (&[10, 9, 0, 0][..], 24));
     assert_eq!(routes[1].next_hops[0].gateway, [10, 9, 0, 1]);
     assert_eq!(routes.len(), 2);
+}
+
+#[test]
+fn the_loopback_interface_is_described_with_what_it_has_beyond_any() {
+    let Some(mut namespace) = namespace() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    namespace.add_address("lo", [10, 96, 0, 10]);
+    // While it is down it has none that anybody reaches.
+    let attachment = take_at(&namespace.path, 1, dir.path()).unwrap();
+    assert_eq!(attachment.description().interfaces.len(), 1);
+    drop(attachment);
+    namespace.set_up("lo", true);
+    let attachment = take_at(&namespace.path, 1, dir.path()).unwrap();
+    let wire::Network { interfaces, routes, sysctls, .. } = attachment.description();
+    let [eth0, lo] = &interfaces[..] else { panic!("{interfaces:?}") };
+    assert_eq!((&eth0.name[..], &lo.name[..], lo.mtu, &lo.mac[..]), ("eth0", "lo", 65_536, &[0; 6][..]));
+    let addresses: Vec<_> = lo.addresses.iter().map(|own| (&own.address[..], own.prefix_length, own.scope)).collect();
+    assert_eq!(addresses, [(&[10, 96, 0, 10][..], 24, 0)]);
+    // What its prefix makes the namespace's own, and nothing else of the table `local`.
+    let ranges: Vec<_> = routes.iter().filter(|route| route.family == 2 && route.table == 255).collect();
+    assert_eq!((ranges.len(), &ranges[0].destination[..], ranges[0].type_), (1, &[10, 96, 0, 0][..], 2));
+    assert_eq!(ranges[0].next_hops[0].interface, "lo");
+    assert!(sysctls.contains_key("ipv4/conf/lo/arp_ignore") && !sysctls.contains_key("ipv6/conf/lo/addr_gen_mode"));
+    assert_eq!(attachment.addresses(), [IpAddr::from([10, 9, 0, 2])]);
 }
 
 #[test]

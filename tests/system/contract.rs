@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod binary;
+mod disks;
 mod events;
 mod grouping;
 mod roots;
@@ -335,6 +336,12 @@ fn refused<T: std::fmt::Debug>(answer: Result<T, Error>) -> (Code, String) {
 
 fn create(id: &str, bundle: &Path) -> CreateTaskRequest {
     CreateTaskRequest { id: id.into(), bundle: bundle.to_str().unwrap().into(), ..Default::default() }
+}
+
+/// How often a process has a file open.
+fn opened(pid: u32, path: &str) -> usize {
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    fds.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|at| at == Path::new(path))).count()
 }
 
 /// Waits until a file has this text.

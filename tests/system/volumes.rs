@@ -360,5 +360,7 @@ fn what_is_not_cached_is_seen_at_once_by_other_guests_and_the_host() {
         // The same again by the host, so that the next to see it has seen another.
         change(turn + 1);
     }
-    programs.map(Program::end);
+    for program in programs {
+        program.end();
+    }
 }

@@ -1,6 +1,8 @@
 //! Disks that come and go with containers while the guest is at work on them.
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
 
 use fixture::devices::Loop;
 
@@ -71,6 +73,34 @@ fn kept_by(vmm: u32) -> (usize, usize) {
     (of("fd").filter(is_anonymous).count(), of("task").filter(serves_a_disk).count())
 }
 
+/// What a VMM answers to a request of the host's.
+fn control(vmm: u32, request: &Value) -> Value {
+    let inodes = std::fs::read_dir(format!("/proc/{vmm}/fd")).unwrap().flatten().filter_map(|fd| {
+        let link = std::fs::read_link(fd.path()).ok()?.into_os_string().into_string().ok()?;
+        Some(link.strip_prefix("socket:[")?.strip_suffix("]")?.to_owned())
+    });
+    let inodes: BTreeSet<String> = inodes.collect();
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    let path = sockets.lines().find_map(|line| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let path = words.get(7).filter(|path| path.ends_with("/control.sock"))?;
+        inodes.contains(words[6]).then_some(*path)
+    });
+    let mut stream = UnixStream::connect(path.expect("the VMM listens")).unwrap();
+    writeln!(stream, "{request}").unwrap();
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).unwrap();
+    serde_json::from_str(&answer).unwrap()
+}
+
+/// The disk that came last.
+fn last_added(vmm: u32) -> String {
+    let status = control(vmm, &json!({ "op": "status" }));
+    let added = |device: &Value| device["id"].as_str().and_then(|id| id.strip_prefix("added")?.parse::<u32>().ok());
+    let last = status["devices"].as_array().unwrap().iter().filter_map(added).max().expect("a disk");
+    format!("added{last}")
+}
+
 /// Creates and starts a container that has a disk; its output goes to a file.
 async fn start(shim: &Shim, id: &str, disk: &Disk, script: &str) -> PathBuf {
     let bundle = shim.bundle(id, &["/bin/sh", "-c", script]);
@@ -119,6 +149,7 @@ fn task_delete_takes_a_disk_from_under_the_io_of_another_container() {
         kept.wait_until_written(FIRST_WRITTEN);
 
         // One comes while the guest is at work on another.
+        let tell_first = "dd if=/dev/disk bs=6 count=1 2>/dev/null; sleep 1000".to_owned();
         let tell =
             "echo first | dd of=/dev/disk bs=4096 conv=sync,fsync 2>/dev/null; busybox stat -c '%t %T' /dev/disk";
         let out = start(&shim, "user", &gone, &format!("{tell}; sleep 1000")).await;
@@ -156,9 +187,21 @@ fn task_delete_takes_a_disk_from_under_the_io_of_another_container() {
             assert_eq!(shim.status("keeper", process).await, Status::RUNNING, "{process}");
         }
 
-        // The same disk comes again.
-        says(&start(&shim, "again", &gone, "dd if=/dev/disk bs=6 count=1 2>/dev/null").await, "first\n");
+        // The same disk comes again, and goes as from a guest that does not let go of it in time.
+        says(&start(&shim, "again", &gone, &tell_first).await, "first\n");
+        let reads = shim.exec_telling("keeper", "more-reads", &read_on("/gone")).await;
+        let writes = shim.exec_telling("keeper", "more-writes", &write_on("/gone")).await;
+        control(vmm, &json!({ "op": "remove_device", "id": last_added(vmm) }));
+        assert_eq!(opened(vmm, &gone.device.0), 0);
+        for (process, told) in [("more-reads", reads), ("more-writes", writes)] {
+            let (status, told) = shim.ended("keeper", process, &told).await;
+            assert!(status != 0 && told.contains(FAILED), "{process}: {status}: {told}");
+        }
         shim.remove_task("again").await;
+
+        // Nor has the guest lost more than that.
+        says(&start(&shim, "last", &gone, &tell_first).await, "first\n");
+        shim.remove_task("last").await;
         assert_eq!(opened(vmm, &gone.device.0), 0);
         shim.remove_task("keeper").await;
         assert_eq!(kept_by(vmm), before, "descriptors and threads");

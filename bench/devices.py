@@ -14,6 +14,7 @@ import mmap
 import os
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ DISK_BYTES = 256 << 20
 FILE_BYTES = 64 << 20
 SECONDS = 3
 OPERATIONS = 2000
+CHANGES = 21
 
 # Name, pattern, size of an access, depth of the queue.
 DISK_JOBS = [(f"{name}{suffix}", pattern, size, depth) for depth, suffix in ((1, ""), (32, "_d32"))
@@ -290,11 +292,33 @@ def measure_shares(add):
 
     warm(f"{SHARE}/file")
     add_share("fs", [in_guest(*work) for work in works("/share")])
+    add("fs_inotify_ms", round(told_of_changes(), 1), "ms")
     run("hull", "rm", "-f", NAME)
     if peer.Virtiofsd.is_there():
         machine = peer.Virtiofsd(WORK, DISK_ROOT, __file__, SHARE)
         warm(f"{SHARE}/file")
         add_share("fs_virtiofsd", machine.run(works("/run/share")))
+
+
+def told_of_changes():
+    """Milliseconds from a file that the host makes in the share until the line has come that a program in the guest says when inotify has
+    told it, for which it waits in read(2): the median. The line's way back through `hull exec` is in it, since the clocks are two."""
+    program = ("import ctypes, os\nlibc = ctypes.CDLL(None)\ngroup = libc.inotify_init1(0)\n"
+               "if libc.inotify_add_watch(group, b'/share', 0x100) < 0:\n    raise SystemExit('no inotify')\n"
+               "print(flush=True)\nwhile os.read(group, 4096):\n    print(flush=True)\n")
+    watcher = listening("hull", "exec", NAME, sys.executable, "-I", "-c", program)
+    times = []
+    for number in range(CHANGES):
+        path = f"{SHARE}/change-{number}"
+        start = time.monotonic()
+        with open(path, "xb"):
+            pass
+        if not watcher.stdout.readline():
+            raise SystemExit("the program that waits in inotify ended")
+        times.append((time.monotonic() - start) * 1e3)
+        os.remove(path)
+    watcher.kill()
+    return statistics.median(times)
 
 
 def warm(path):

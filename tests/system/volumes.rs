@@ -3,10 +3,14 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 
+use fixture::cri::eventually;
 use fixture::{Detached, Said, debian, hull};
 use rustix::fs::XattrFlags;
 
 use crate::dialogue::Program;
+
+/// Memory of the guest whose VMM is looked at.
+const MEMORY_MIB: u64 = 256;
 
 /// Runs a Python program with a directory of the host at /v.
 fn with_volume(options: &str, program: &str) -> (tempfile::TempDir, Said) {
@@ -198,25 +202,111 @@ fn many_files() -> usize {
     std::env::var("HULL_TEST_FILES").map_or(5_000, |text| text.parse().expect("a number of files"))
 }
 
+/// What a share has of the files that its guest knows: so many descriptors at most, and so much memory for each.
+const MOST_ANCHORS: usize = 4096;
+const BYTES_PER_FILE: u64 = 256;
+/// What a VMM's memory changes by whatever its guest does.
+const NOISE_BYTES: u64 = 256 << 10;
+
+/// What a VMM has of its own, apart from the guest's memory.
+#[derive(Clone, Copy, Debug)]
+struct Own {
+    descriptors: usize,
+    /// Memory that is no file's, in bytes.
+    memory: u64,
+}
+
+impl Own {
+    fn of(vmm: i64) -> Self {
+        let descriptors = fs::read_dir(format!("/proc/{vmm}/fd")).unwrap().count();
+        let smaps = fs::read_to_string(format!("/proc/{vmm}/smaps")).unwrap();
+        // Where each mapping begins and ends, and what is resident of it and no file's.
+        let mut mappings: Vec<(u64, u64, u64)> = Vec::new();
+        for line in smaps.lines() {
+            let address = |text| u64::from_str_radix(text, 16).ok();
+            let bounds = line.split_once(' ').and_then(|(range, _)| range.split_once('-'));
+            if let Some((start, end)) = bounds.and_then(|(start, end)| Some((address(start)?, address(end)?))) {
+                mappings.push((start, end, 0));
+            } else if let Some(kib) = line.strip_prefix("Anonymous:") {
+                let kib: u64 = kib.trim().trim_end_matches(" kB").parse().unwrap();
+                mappings.last_mut().unwrap().2 = kib << 10;
+            }
+        }
+        let total: u64 = mappings.iter().map(|(_, _, bytes)| bytes).sum();
+        Self { descriptors, memory: total - guest_memory(&mappings) }
+    }
+}
+
+/// How much of these is guest memory: mappings one behind the other that come to its size. The C library reserves ranges of such a size
+/// too, of which little is resident.
+fn guest_memory(mappings: &[(u64, u64, u64)]) -> u64 {
+    let from = |first: usize| {
+        let (start, mut end, mut bytes) = (mappings[first].0, mappings[first].0, 0);
+        for (lower, upper, resident) in &mappings[first..] {
+            if *lower != end || end - start >= MEMORY_MIB << 20 {
+                break;
+            }
+            (end, bytes) = (*upper, bytes + resident);
+        }
+        (end - start == MEMORY_MIB << 20).then_some(bytes)
+    };
+    (0..mappings.len()).filter_map(from).max().expect("guest memory among the mappings")
+}
+
 #[test]
 fn many_files_are_made_listed_and_removed() {
-    let program = format!(
-        "
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(dir.path().join("from-host"), "").unwrap();
+    let volume = format!("{}:/v", dir.path().display());
+    let container =
+        Detached::start(["--memory", &MEMORY_MIB.to_string(), "-v", &volume, &debian(), "sleep", "1000000"]);
+    let files = many_files() / 10 * 10;
+    let mut program = Program::start(
+        &container,
+        &format!(
+            "
 import os, shutil
-per_directory = {} // 10
+def say(what):
+    print(what, flush=True); input()
+per_directory = {files} // 10
+say('ready')
 for i in range(10):
     os.mkdir(f'/v/{{i}}')
     for j in range(per_directory):
         os.close(os.open(f'/v/{{i}}/{{j}}', os.O_CREAT | os.O_WRONLY))
+say('made')
 assert sum(len(files) for _, _, files in os.walk('/v')) == 10 * per_directory + 1
 assert len(os.listdir('/v/9')) == per_directory
+say('listed')
 for i in range(10):
     shutil.rmtree(f'/v/{{i}}')
-print(os.listdir('/v'))
-",
-        many_files()
+say(os.listdir('/v'))
+"
+        ),
     );
-    assert_eq!(with_volume("", &program).1.ok(), "['from-host']");
+    let vmm = container.inspect()["vmm_pid"].as_i64().unwrap();
+    program.expect("ready");
+    let before = Own::of(vmm);
+    for step in ["made", "listed"] {
+        program.say("");
+        program.expect(step);
+        let now = Own::of(vmm);
+        assert!(now.descriptors < before.descriptors + MOST_ANCHORS, "{step}: {before:?}, {now:?}");
+        assert!(
+            now.memory < before.memory + BYTES_PER_FILE * files as u64 + NOISE_BYTES,
+            "{step}: {before:?}, {now:?}"
+        );
+    }
+    program.say("");
+    program.expect("['from-host']");
+    // The guest has forgotten them, and every ten seconds the VMM looks for what it no longer needs.
+    eventually("the VMM gives back what it had for the files", || match Own::of(vmm) {
+        now if now.memory < before.memory + NOISE_BYTES => Ok(()),
+        now => Err(format!("{before:?}, {now:?}")),
+    });
+    program.say("");
+    program.end();
 }
 
 /// What a program in each container has of the file: what it says, an attribute, and whom its access control list names.
@@ -270,5 +360,7 @@ fn what_is_not_cached_is_seen_at_once_by_other_guests_and_the_host() {
         // The same again by the host, so that the next to see it has seen another.
         change(turn + 1);
     }
-    programs.map(Program::end);
+    for program in programs {
+        program.end();
+    }
 }

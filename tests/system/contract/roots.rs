@@ -1,8 +1,6 @@
 //! Roots that are disks, as containerd's snapshotters hand them over: devmapper and blockfile one mount, erofs since containerd 2.2 one
 //! for each layer, top first, and an overlay that names them by templates.
 
-use std::path::Path;
-
 use containerd_shim_protos::types::mount::Mount;
 use fixture::shell;
 
@@ -41,12 +39,6 @@ fn two_layers(bundle: &Path) -> [String; 2] {
          mkfs.erofs --quiet bottom.erofs rootfs >/dev/null && mkfs.erofs --quiet top.erofs top >/dev/null && rm -r rootfs"
     ));
     [format!("{at}/top.erofs"), format!("{at}/bottom.erofs")]
-}
-
-/// How often a process has a file open.
-fn opened(pid: u32, path: &str) -> usize {
-    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
-    fds.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|at| at == Path::new(path))).count()
 }
 
 /// Creates and starts a container with this root, its output going to a file.

@@ -213,6 +213,12 @@ pub trait VirtioDevice: Send {
     /// nothing touches guest memory any more. Any time, also when not active (then it does nothing).
     fn deactivate(&mut self);
 
+    /// Gives up what it has of the host while its driver has not let go of it: from now on it answers each request with an error. False if it
+    /// cannot, or does not serve its queues. Any time.
+    fn give_up(&mut self) -> bool {
+        false
+    }
+
     /// Looks at how large the device's file is now, tells the driver if that is more than before, and returns the size in bytes.
     /// Any time.
     ///

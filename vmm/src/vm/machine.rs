@@ -77,6 +77,8 @@ pub struct Machine {
     event_loop: Arc<EventLoop>,
     /// In the order of their places on the bus.
     devices: Vec<Entry>,
+    /// Those that were removed before their drivers had let go of them, and stay on the bus until then.
+    leaving: Vec<Entry>,
     ending: Arc<Ending>,
     state: State,
     size: Size,
@@ -102,7 +104,17 @@ impl Machine {
         ending: Arc<Ending>,
         size: Size,
     ) -> Self {
-        Self { vm, board, vcpus, event_loop, devices: Vec::new(), ending, state: State::Paused, size }
+        Self {
+            vm,
+            board,
+            vcpus,
+            event_loop,
+            devices: Vec::new(),
+            leaving: Vec::new(),
+            ending,
+            state: State::Paused,
+            size,
+        }
     }
 
     /// How and when the VM ends.
@@ -140,6 +152,7 @@ impl Machine {
     ///
     /// When there is none, or the process may open no more descriptors.
     pub fn plug(&mut self, id: &str, device: Box<dyn VirtioDevice>) -> Result<Address, MachineError> {
+        self.clear_places();
         let address = self.board.pci.free_address().ok_or(MachineError::BusFull)?;
         let platform = Arc::new(self.vm.clone());
         let function = VirtioPci::new(id, address, device, platform, self.vm.memory().clone())
@@ -187,7 +200,8 @@ impl Machine {
         self.plug(&id, super::build::net(net)?)
     }
 
-    /// Takes a disk, share or network interface off the bus.
+    /// Takes a disk, share or network interface off the bus. A disk that its driver has not let go of stays there until it has, without its
+    /// file.
     ///
     /// # Errors
     ///
@@ -200,11 +214,32 @@ impl Machine {
             return Err(MachineError::NoSuchDevice(id.to_owned()));
         };
         let entry = self.devices.remove(at);
+        if entry.lock().give_up() {
+            // Without it the driver would wait for ever: for what it has asked for, and for its reset to be done.
+            self.leaving.push(entry);
+            return Ok(());
+        }
         let address = entry.lock().address();
         self.board.pci.remove(address);
         // A vCPU may hold the function a moment longer; the device stops now.
         entry.lock().shut_down();
         Ok(())
+    }
+
+    /// Takes off the bus those that were removed and that their drivers have let go of by now: the guest looks at the bus again when
+    /// something comes to it.
+    fn clear_places(&mut self) {
+        let board = &self.board;
+        self.leaving.retain(|entry| {
+            let (is_active, address) = {
+                let function = entry.lock();
+                (function.is_active(), function.address())
+            };
+            if !is_active {
+                board.pci.remove(address);
+            }
+            is_active
+        });
     }
 
     /// Has a disk take over the size that its file or device has now; returns it in bytes. The guest is told.
@@ -241,7 +276,7 @@ impl Machine {
         if self.state == State::Running {
             self.vcpus.pause();
             self.event_loop.pause();
-            for entry in &self.devices {
+            for entry in self.devices.iter().chain(&self.leaving) {
                 entry.lock().pause();
             }
             self.state = State::Paused;
@@ -251,7 +286,7 @@ impl Machine {
     /// Lets devices and vCPUs go on.
     pub fn resume(&mut self) {
         if self.state == State::Paused {
-            for entry in &self.devices {
+            for entry in self.devices.iter().chain(&self.leaving) {
                 entry.lock().resume();
             }
             self.event_loop.resume();

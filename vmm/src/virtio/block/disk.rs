@@ -2,9 +2,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use vmm_sys_util::eventfd::EventFd;
 
 use super::BlockError;
 use super::geometry::{Geometry, PAGE};
@@ -56,6 +58,15 @@ impl Disk {
         let disk = Self { file, is_device, capacity_sectors: AtomicU64::new(0), geometry };
         disk.set_capacity_sectors(disk.measure()?);
         Ok(disk)
+    }
+
+    /// The same to look at, without the file: nothing can be read or written.
+    pub(super) fn without_file(&self) -> io::Result<Self> {
+        let nothing = EventFd::new(libc::EFD_CLOEXEC)?;
+        // SAFETY: the descriptor was just made, and nobody else has it.
+        let file = unsafe { File::from_raw_fd(nothing.into_raw_fd()) };
+        let capacity_sectors = AtomicU64::new(self.capacity_sectors());
+        Ok(Self { file, is_device: self.is_device, capacity_sectors, geometry: self.geometry })
     }
 
     /// How many sectors the file or device has now, in whole logical blocks.

@@ -146,6 +146,7 @@ impl Block {
             write_through: AtomicBool::new(false),
             completed: AtomicU64::new(0),
             try_uring,
+            is_gone: false,
             stop: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(BlockError::EventFd)?,
         });
         let name = format!("blk-{id}");
@@ -238,6 +239,27 @@ impl VirtioDevice for Block {
         }
         self.shared.write_through.store(false, Ordering::Relaxed);
         self.interrupt = None;
+    }
+
+    fn give_up(&mut self) -> bool {
+        let Ok(gone) = self.shared.without_file() else { return false };
+        let gone = Arc::new(gone);
+        let hand_over = |workers: Vec<Worker>| {
+            workers.into_iter().map(|worker| Worker { shared: gone.clone(), ..worker }).collect::<Vec<_>>()
+        };
+        match std::mem::replace(&mut self.run, Run::Inactive) {
+            Run::Active(running) => {
+                let workers = hand_over(running.stop());
+                self.shared = gone.clone();
+                self.start(workers).is_ok()
+            }
+            Run::Paused(workers) => {
+                self.run = Run::Paused(hand_over(workers));
+                self.shared = gone.clone();
+                true
+            }
+            Run::Inactive => false,
+        }
     }
 
     fn resize(&mut self) -> Result<u64, ResizeError> {

@@ -109,6 +109,38 @@ const IOERR: u8 = Status::IoError as u8;
 const UNSUPP: u8 = Status::Unsupported as u8;
 
 #[test]
+fn a_disk_that_was_given_up_has_no_file_and_answers_with_errors() {
+    for try_uring in [false, true] {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(SIZE).unwrap();
+        let open = || File::options().read(true).write(true).open(file.path()).unwrap();
+        let (disk, image) = (open(), open());
+        // The lock is the open file's, and is there for as long as that is open.
+        disk.lock().unwrap();
+        let mut b = bench_of(image, disk, try_uring, false, VIRTIO_BLK_F_FLUSH);
+        assert_eq!(b.request(0, 8, &[(DATA, 512, true)]), (OK, 513));
+        assert!(b.image.try_lock().is_err());
+        assert!(b.block.give_up());
+        // A ring's hold on it ends a little after the ring.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while b.image.try_lock().is_err() {
+            assert!(Instant::now() < deadline, "the file is still open");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        for kind in [0, 1, 4, 8] {
+            assert_eq!(b.request(kind, 8, &[(DATA, 512, kind == 0 || kind == 8)]), (IOERR, 1), "{kind}");
+        }
+        assert_eq!(b.block.completed(), 5);
+        // A pause changes nothing of it.
+        b.block.pause();
+        b.block.resume();
+        assert_eq!(b.request(0, 8, &[(DATA, 512, true)]), (IOERR, 1));
+        b.block.deactivate();
+        assert!(!b.block.give_up(), "a disk without a driver just goes");
+    }
+}
+
+#[test]
 fn what_is_written_is_read_back() {
     on_each_engine(|mut b| {
         b.fill(DATA, 3000, 0xaa);

@@ -25,6 +25,8 @@ pub(super) struct Shared {
     pub(super) completed: AtomicU64,
     /// Whether to use io_uring where the host lets it.
     pub(super) try_uring: bool,
+    /// Whether the file is no longer there, and each request is an error.
+    pub(super) is_gone: bool,
     /// Readable when the workers are to end.
     pub(super) stop: EventFd,
 }
@@ -44,6 +46,20 @@ pub(super) struct Running {
 }
 
 impl Shared {
+    /// The same without the file.
+    pub(super) fn without_file(&self) -> io::Result<Self> {
+        Ok(Self {
+            disk: self.disk.without_file()?,
+            read_only: self.read_only,
+            serial: self.serial,
+            write_through: AtomicBool::new(self.write_through.load(Ordering::Relaxed)),
+            completed: AtomicU64::new(self.completed.load(Ordering::Relaxed)),
+            try_uring: false,
+            is_gone: true,
+            stop: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+        })
+    }
+
     /// What a request may touch as things stand.
     fn limits(&self) -> Limits {
         let geometry = self.disk.geometry();
@@ -79,6 +95,10 @@ impl Worker {
             if chain.writable_len() == 0 {
                 // Nowhere to put a status: all that can be done is to give the buffer back.
                 self.queue.push(chain.head(), 0);
+                continue;
+            }
+            if self.shared.is_gone {
+                self.finish(&chain, 0, Status::IoError);
                 continue;
             }
             match Request::parse(&chain, &self.shared.limits()) {

@@ -21,6 +21,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use super::host::{Host, Stat};
+use super::slots::Slots;
 
 /// Most files without a place that are kept; those beyond become stale.
 const MAX_UNPLACED: usize = 4096;
@@ -55,26 +56,16 @@ pub(super) struct Node {
     recent: bool,
 }
 
-#[derive(Default)]
-struct Entry {
-    /// Distinguishes successive users of a slot in the guest's number.
-    generation: u32,
-    node: Option<Node>,
-}
-
 /// The table.
 pub(super) struct Inodes {
     host: Host,
-    entries: Vec<Entry>,
-    free: Vec<Slot>,
+    nodes: Slots<Node>,
     by_key: HashMap<Key, Slot>,
     max_nodes: usize,
     max_anchors: usize,
     anchors: usize,
     unplaced: usize,
-    hand: usize,
-    /// That of slots not used before.
-    first_generation: u32,
+    hand: u32,
 }
 
 impl Key {
@@ -116,30 +107,22 @@ impl Inodes {
             anchor: Some(root),
             recent: true,
         };
-        Self {
-            host,
-            by_key: HashMap::from([(node.key, ROOT)]),
-            entries: vec![Entry { generation: 0, node: Some(node) }],
-            free: Vec::new(),
-            max_nodes,
-            max_anchors,
-            anchors: 0,
-            unplaced: 0,
-            hand: 0,
-            first_generation: 0,
-        }
+        let by_key = HashMap::from([(node.key, ROOT)]);
+        let mut nodes = Slots::new();
+        nodes.insert(node);
+        Self { host, nodes, by_key, max_nodes, max_anchors, anchors: 0, unplaced: 0, hand: 0 }
     }
 
     /// Forgets all but the root.
     pub(super) fn clear(&mut self) {
-        self.entries.truncate(1);
-        self.entries.shrink_to_fit();
-        self.free = Vec::new();
+        let root = self.nodes.remove(ROOT.0);
+        self.nodes = Slots::new();
         self.by_key = HashMap::new();
         (self.anchors, self.unplaced, self.hand) = (0, 0, 0);
-        if let Some(root) = &mut self.entries[0].node {
+        if let Some(mut root) = root {
             root.holds = 0;
             self.by_key.insert(root.key, ROOT);
+            self.nodes.insert(root);
         }
     }
 
@@ -151,7 +134,7 @@ impl Inodes {
     /// How many files the guest knows, with the root.
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
-        self.entries.len() - self.free.len()
+        self.nodes.len()
     }
 
     /// How many descriptors the table holds, without the root's.
@@ -162,21 +145,19 @@ impl Inodes {
 
     /// The guest's number for a node.
     pub(super) fn number(&self, slot: Slot) -> u64 {
-        u64::from(self.entries[slot.0 as usize].generation) << 32 | u64::from(slot.0 + 1)
+        u64::from(self.nodes.generation(slot.0)) << 32 | u64::from(slot.0 + 1)
     }
 
     /// The node of a guest's number.
     pub(super) fn resolve(&self, number: u64) -> io::Result<Slot> {
         let slot = (number as u32).checked_sub(1).ok_or_else(stale)?;
-        match self.entries.get(slot as usize) {
-            Some(entry) if entry.node.is_some() && u64::from(entry.generation) == number >> 32 => Ok(Slot(slot)),
-            _ => Err(stale()),
-        }
+        let is_it = self.nodes.get(slot).is_some() && u64::from(self.nodes.generation(slot)) == number >> 32;
+        if is_it { Ok(Slot(slot)) } else { Err(stale()) }
     }
 
     /// The node at a slot that is in use.
     pub(super) fn node(&self, slot: Slot) -> io::Result<&Node> {
-        self.entries.get(slot.0 as usize).and_then(|entry| entry.node.as_ref()).ok_or_else(stale)
+        self.nodes.get(slot.0).ok_or_else(stale)
     }
 
     /// Whether a node is in a directory of this name two levels below the root.
@@ -194,7 +175,7 @@ impl Inodes {
     }
 
     fn node_mut(&mut self, slot: Slot) -> io::Result<&mut Node> {
-        self.entries.get_mut(slot.0 as usize).and_then(|entry| entry.node.as_mut()).ok_or_else(stale)
+        self.nodes.get_mut(slot.0).ok_or_else(stale)
     }
 
     /// The node of the file at `stat`, if the guest knows it.
@@ -232,16 +213,11 @@ impl Inodes {
     }
 
     fn add(&mut self, stat: &Stat) -> io::Result<Slot> {
-        let slot = match self.free.pop() {
-            Some(slot) => slot,
-            None if self.entries.len() < self.max_nodes => {
-                self.entries.push(Entry { generation: self.first_generation, node: None });
-                Slot(self.entries.len() as u32 - 1)
-            }
-            None => return Err(io::Error::from_raw_os_error(libc::ENFILE)),
-        };
+        if self.nodes.len() >= self.max_nodes {
+            return Err(io::Error::from_raw_os_error(libc::ENFILE));
+        }
         let key = Key::new(stat);
-        self.entries[slot.0 as usize].node = Some(Node {
+        let slot = Slot(self.nodes.insert(Node {
             key,
             birth: stat.birth,
             file_type: stat.file_type(),
@@ -250,7 +226,7 @@ impl Inodes {
             place: None,
             anchor: None,
             recent: false,
-        });
+        }));
         self.unplaced += 1;
         self.by_key.insert(key, slot);
         Ok(slot)
@@ -320,13 +296,10 @@ impl Inodes {
         // Upwards, since a node's parent may have been kept for it alone.
         while slot != ROOT && self.node(slot).is_ok_and(|node| node.lookups == 0 && node.holds == 0) {
             self.drop_anchor(slot);
-            let entry = &mut self.entries[slot.0 as usize];
-            let Some(node) = entry.node.take() else { return };
-            entry.generation = entry.generation.wrapping_add(1);
+            let Some(node) = self.nodes.remove(slot.0) else { return };
             if self.by_key.get(&node.key) == Some(&slot) {
                 self.by_key.remove(&node.key);
             }
-            self.free.push(slot);
             match node.place {
                 Some((parent, _)) => {
                     slot = parent;
@@ -404,8 +377,8 @@ impl Inodes {
             if self.anchors <= self.max_anchors {
                 return;
             }
-            self.hand = (self.hand + 1) % self.entries.len();
-            let slot = Slot(self.hand as u32);
+            self.hand = (self.hand + 1) % self.nodes.end();
+            let slot = Slot(self.hand);
             match self.node_mut(slot) {
                 Ok(node) if node.recent => node.recent = false,
                 _ => self.evict(slot),
@@ -417,7 +390,7 @@ impl Inodes {
     /// freeing and unmounting. Returns whether any that could go is left.
     pub(super) fn sweep(&mut self) -> bool {
         let mut left = false;
-        for slot in (1..self.entries.len() as u32).rev().map(Slot) {
+        for slot in (1..self.nodes.end()).rev().map(Slot) {
             match self.node_mut(slot) {
                 Ok(node) if node.anchor.is_none() || node.place.is_none() => {}
                 Ok(node) if node.recent => (node.recent, left) = (false, true),
@@ -430,19 +403,10 @@ impl Inodes {
 
     /// Gives back room that the table grew into and no longer needs.
     fn shrink(&mut self) {
-        let used = self.entries.iter().rposition(|entry| entry.node.is_some()).map_or(1, |last| last + 1);
-        if used > self.entries.len() / 2 || self.entries.len() < 4096 {
-            return;
+        self.nodes.shrink();
+        if self.by_key.len() < self.by_key.capacity() / 4 {
+            self.by_key.shrink_to_fit();
         }
-        for entry in self.entries.drain(used..) {
-            // Numbers of slots that come back must differ from those before.
-            self.first_generation = self.first_generation.max(entry.generation.wrapping_add(1));
-        }
-        self.entries.shrink_to_fit();
-        self.free.retain(|slot| (slot.0 as usize) < used);
-        self.free.shrink_to_fit();
-        self.by_key.shrink_to_fit();
-        self.hand = 0;
     }
 
     /// Whether there is a descriptor for a node.
@@ -482,23 +446,13 @@ impl Inodes {
 
     /// All nodes but the root, for saving.
     pub(super) fn iter(&self) -> impl Iterator<Item = (Slot, u32, &Node)> {
-        (1_u32..)
-            .zip(&self.entries[1..])
-            .filter_map(|(slot, entry)| entry.node.as_ref().map(|node| (Slot(slot), entry.generation, node)))
+        self.nodes.iter().skip(1).map(|(slot, generation, node)| (Slot(slot), generation, node))
     }
 
     /// Puts back a node that was saved, at the slot where it was, before anything else is in the table. It has no
     /// identity until [`adopt`](Self::adopt) has found it.
     pub(super) fn insert_saved(&mut self, slot: Slot, generation: u32, lookups: u64, file_type: u32) -> bool {
-        let at = slot.0 as usize;
-        if slot == ROOT || at >= self.max_nodes {
-            return false;
-        }
-        if at >= self.entries.len() {
-            self.entries.resize_with(at + 1, Entry::default);
-        }
-        let entry = &mut self.entries[at];
-        if entry.node.is_some() {
+        if slot == ROOT || slot.0 as usize >= self.max_nodes {
             return false;
         }
         let node = Node {
@@ -511,19 +465,14 @@ impl Inodes {
             anchor: None,
             recent: false,
         };
-        *entry = Entry { generation, node: Some(node) };
-        self.unplaced += 1;
-        true
+        let is_free = self.nodes.insert_at(slot.0, generation, node);
+        self.unplaced += usize::from(is_free);
+        is_free
     }
 
     /// Looks up each node that was put back, once all have their places; those not found become stale.
     pub(super) fn adopt(&mut self) {
-        self.free = (1..self.entries.len() as u32)
-            .rev()
-            .map(Slot)
-            .filter(|slot| self.entries[slot.0 as usize].node.is_none())
-            .collect();
-        for slot in (1..self.entries.len() as u32).map(Slot) {
+        for slot in (1..self.nodes.end()).map(Slot) {
             self.adopt_one(slot, 0);
         }
     }
@@ -660,9 +609,11 @@ mod tests {
     }
 
     #[test]
-    fn a_table_that_shrank_gives_no_number_twice() {
+    fn what_stays_known_keeps_no_room_of_what_was_forgotten_and_no_number_is_given_twice() {
         let (root, mut inodes) = table(10_000, 20);
-        fs::write(root.path().join("f"), "").unwrap();
+        for name in ["f", "last"] {
+            fs::write(root.path().join(name), "").unwrap();
+        }
         let mut stat = inodes.host.stat_at(inodes.anchor(ROOT).unwrap(), c"f").unwrap();
         let slots: Vec<_> = (0..5000)
             .map(|_| {
@@ -671,12 +622,14 @@ mod tests {
             })
             .collect();
         let numbers: Vec<_> = slots.iter().map(|slot| inodes.number(*slot)).collect();
+        let last = enter(&mut inodes, ROOT, "last").unwrap();
         for slot in slots {
             inodes.forget(slot, 1);
         }
         inodes.sweep();
-        assert!(inodes.entries.len() < 10 && inodes.free.is_empty());
+        assert_eq!(inodes.nodes.blocks(), 2, "the root's, and that of the last");
+        assert!(inodes.by_key.capacity() < 10);
         let again = enter(&mut inodes, ROOT, "f").unwrap();
-        assert!(!numbers.contains(&inodes.number(again)));
+        assert!(again.0 < last.0 && !numbers.contains(&inodes.number(again)));
     }
 }

@@ -14,9 +14,10 @@
 //! `O_NOFOLLOW` to stand for the file only (`O_PATH`), and for reading or writing only once it is known to be a regular file or a directory.
 //!
 //! **What it may hold.** Open files: with all other shares together half of the process's limit of descriptors, which is raised
-//! to its maximum ([`Fs::new`]). Known files: one per KiB of guest memory, no more than a guest has room for itself; they take no
-//! descriptor but for the 4,096 used last (less where the limit is low), which a sweep every ten seconds
-//! gives back, and those removed while in use. Owners of locks: 4,096 at most, each with a descriptor. Watched files: 16,384.
+//! to its maximum ([`Fs::new`]). Known files: one per KiB of guest memory, no more than a guest has room for itself; each takes some 200
+//! bytes and its name, and no descriptor but for the 4,096 used last (less where the limit is low), which a sweep every ten seconds
+//! gives back, and those removed while in use. The sweep gives back the memory of those that the guest has forgotten, too. Owners of locks:
+//! 4,096 at most, each with a descriptor. Watched files: 16,384.
 
 mod broker;
 mod credentials;
@@ -32,6 +33,7 @@ mod policy;
 mod reads;
 mod session;
 mod share;
+mod slots;
 mod snapshot;
 mod state;
 mod statx;

@@ -114,6 +114,17 @@ impl VirtioPci {
         self.device.resize()
     }
 
+    /// Whether a driver has the device at work.
+    #[must_use]
+    pub fn is_active(&self) -> bool {
+        self.active
+    }
+
+    /// Has a device that its driver has not let go of give up what it has of the host; false if its driver has, or the device cannot.
+    pub fn give_up(&mut self) -> bool {
+        self.active && self.device.give_up()
+    }
+
     /// Says whether the device's link is up; false if it has none.
     pub fn set_link(&mut self, up: bool) -> bool {
         self.device.set_link(up)

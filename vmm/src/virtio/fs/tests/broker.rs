@@ -28,8 +28,11 @@ fn be_no_administrator() {
     }
 }
 
+/// The file of a request, and its message.
+type Asked = (std::path::PathBuf, Vec<u8>);
+
 /// An owner that answers with what it is told to, and tells what it was asked: where, and for what.
-fn owner(answers: Vec<Result<Vec<u8>, i32>>) -> (Broker, Receiver<(std::path::PathBuf, Vec<u8>)>) {
+fn owner(answers: Vec<Result<Vec<u8>, i32>>) -> (Broker, Receiver<Asked>) {
     let mut ends = [0; 2];
     // SAFETY: room for two descriptors, which nobody else has.
     let [ours, theirs] = unsafe {
@@ -56,7 +59,7 @@ fn owner(answers: Vec<Result<Vec<u8>, i32>>) -> (Broker, Receiver<(std::path::Pa
 }
 
 /// A share whose thread is no administrator, with an owner that gives these answers.
-fn bench_with_owner(answers: Vec<Result<Vec<u8>, i32>>) -> Option<(Bench, Receiver<(std::path::PathBuf, Vec<u8>)>)> {
+fn bench_with_owner(answers: Vec<Result<Vec<u8>, i32>>) -> Option<(Bench, Receiver<Asked>)> {
     if !is_root() {
         return None;
     }

@@ -28,7 +28,8 @@ pub(crate) fn open(path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
-/// Has the calling process see a file, in its own mount namespace, such that nobody can change it who has got hold of it there.
+/// Has the calling process, in a mount namespace of its own, see a file such that nobody can change it who has got hold of it there. It keeps
+/// its path, by which people find it in lists of what a process has open or mapped.
 ///
 /// # Errors
 ///

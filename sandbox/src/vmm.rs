@@ -108,8 +108,10 @@ impl Vmm {
         ends: Vec<HostEnd>,
         extras: &Extras,
     ) -> Result<Self, VmmError> {
-        // The process is this file, and could open it by its own /proc.
-        read_only::protect(&host.vmm).map_err(|source| VmmError::Open { path: host.vmm.clone(), source })?;
+        // It is one of them, and could open itself by its own /proc.
+        for path in [&host.vmm, &host.kernel, &host.image] {
+            read_only::protect(path).map_err(|source| VmmError::Open { path: path.clone(), source })?;
+        }
         let mut fds = Inherited::default();
         let (console_read, console_write) = pipe()?;
         let (log_read, log_write) = pipe()?;
@@ -120,7 +122,7 @@ impl Vmm {
             cpus: CpusConfig { boot: config.cpus, max: config.max_cpus },
             memory: MemoryConfig { size_mib: config.memory_mib },
             boot: BootConfig {
-                kernel: fds.add(open_read_only(&host.kernel)?),
+                kernel: fds.add(open(&host.kernel, OFlags::RDONLY)?),
                 initrd: None,
                 cmdline: config.cmdline(),
             },
@@ -133,7 +135,7 @@ impl Vmm {
             }),
             shares: [Caching::Auto].iter().chain(&extras.caching).map(|caching| share_of(*caching)).collect(),
             disks: fds.add_disks(&extras.disks)?,
-            pmems: vec![PmemConfig { id: IMAGE_ID.into(), file: fds.add(open_read_only(&host.image)?) }],
+            pmems: vec![PmemConfig { id: IMAGE_ID.into(), file: fds.add(open(&host.image, OFlags::RDONLY)?) }],
             nets: ends.into_iter().enumerate().map(|(index, end)| fds.add_net(index, end)).collect(),
         };
         let control = fds.add_number(listen(&sockets.control)?.into());
@@ -331,11 +333,6 @@ impl Inherited {
 pub(crate) fn open(path: &Path, flags: OFlags) -> Result<OwnedFd, VmmError> {
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
         .map_err(|errno| VmmError::Open { path: path.to_owned(), source: errno.into() })
-}
-
-/// Opens a file of the host's that the VMM is to read, and to do nothing else with.
-fn open_read_only(path: &Path) -> Result<OwnedFd, VmmError> {
-    read_only::open(path, OFlags::empty()).map_err(|source| VmmError::Open { path: path.to_owned(), source })
 }
 
 fn listen(path: &Path) -> Result<UnixListener, VmmError> {

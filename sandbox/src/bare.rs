@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 
 use hull_vmm_api::config::{BootConfig, ConsoleConfig, CpusConfig, MemoryConfig, VmConfig};
-use rustix::fs::OFlags;
 
 use crate::disks::DiskFile;
 use crate::host::Host;
-use crate::vmm::{Inherited, VmmError, as_first_of_pid_namespace, config_file, describe, open};
+use crate::read_only;
+use crate::share::enter_mount_namespace;
+use crate::vmm::{Inherited, VmmError, as_first_of_pid_namespace, config_file, describe, open_read_only};
 
 /// What a bare microVM is made of.
 #[derive(Clone, Debug)]
@@ -53,12 +54,12 @@ pub fn run(host: &Host, config: &BareConfig) -> Result<BareExit, VmmError> {
         false => None,
     };
     let disks = fds.add_disks(&config.disks)?;
-    let initrd = config.initrd.as_ref().map(|path| open(path, OFlags::RDONLY)).transpose()?;
+    let initrd = config.initrd.as_ref().map(|path| open_read_only(path)).transpose()?;
     let vm = VmConfig {
         cpus: CpusConfig { boot: config.cpus, max: config.cpus },
         memory: MemoryConfig { size_mib: config.memory_mib },
         boot: BootConfig {
-            kernel: fds.add(open(&config.kernel, OFlags::RDONLY)?),
+            kernel: fds.add(open_read_only(&config.kernel)?),
             initrd: initrd.map(|initrd| fds.add(initrd)),
             cmdline: config.cmdline.clone(),
         },
@@ -91,7 +92,11 @@ fn spawn_and_wait(host: &Host, mut fds: Inherited, vm: &VmConfig) -> Result<Exit
     // Entering the jail takes root; somebody else's process has no more rights than they, and its filter.
     let mut child = if rustix::process::geteuid().is_root() {
         command.arg("--jail-empty");
-        as_first_of_pid_namespace(|| command.spawn())
+        as_first_of_pid_namespace(|| {
+            enter_mount_namespace().map_err(std::io::Error::other)?;
+            read_only::protect(&host.vmm)?;
+            command.spawn()
+        })
     } else {
         command.spawn()
     }

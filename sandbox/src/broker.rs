@@ -5,7 +5,8 @@
 //!
 //! * it concerns files on mounts that let nobody open a device (`MOUNT_ATTR_NODEV`), as are all that Hull puts into the VMM's tree
 //!   ([`crate::share`]) and few others: the VMM can have a device node made and cannot open it;
-//! * no node is made once the tree has a volume in which the host's later mounts turn up, since those come as the host made them;
+//! * no node is made in a sandbox with a volume in which the host's later mounts turn up, since those come as the host made them
+//!   ([`NodesOrMounts`]);
 //! * attributes that the host's own kernel judges by stay the host's ([`HOSTS_OWN`]), and are set in file systems of disks alone
 //!   ([`ON_DISKS`]): others keep them in the host's memory without a limit, or take some for commands;
 //! * the thread has the few capabilities that this takes, and quotas of the host hold for it.
@@ -16,7 +17,7 @@ use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use hull_vmm_api::broker::{REQUEST_MAX, Request, TRUSTED, VALUE_MAX, answer_to_bytes};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
@@ -58,22 +59,48 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::MKNOD
 /// What a thread needs: it allocates its messages.
 const STACK_BYTES: usize = 64 * 1024;
 
-/// Starts a thread that obeys a VMM until that ends, and returns the VMM's end of the connection. Once `has_later_mounts`, no device nodes are
-/// made.
+/// Whether a sandbox's guest makes device nodes or has a volume in which what the host mounts later turns up: one of them, whichever
+/// comes first. Together they would lead its VMM to a device that can be opened.
+#[derive(Debug, Default)]
+pub(crate) struct NodesOrMounts(AtomicU8);
+
+impl NodesOrMounts {
+    const NODES: u8 = 1;
+    const MOUNTS: u8 = 2;
+
+    /// Whether device nodes may be made, now and from now on.
+    pub(crate) fn allow_nodes(&self) -> bool {
+        self.settle(Self::NODES)
+    }
+
+    /// Whether the host's later mounts may turn up, now and from now on.
+    pub(crate) fn allow_mounts(&self) -> bool {
+        self.settle(Self::MOUNTS)
+    }
+
+    fn settle(&self, wanted: u8) -> bool {
+        match self.0.compare_exchange(0, wanted, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(_) => true,
+            Err(settled) => settled == wanted,
+        }
+    }
+}
+
+/// Starts a thread that obeys a VMM until that ends, and returns the VMM's end of the connection.
 ///
 /// # Errors
 ///
 /// Fails where no socket or thread can be made.
-pub(crate) fn start(has_later_mounts: Arc<AtomicBool>) -> io::Result<OwnedFd> {
+pub(crate) fn start(nodes_or_mounts: Arc<NodesOrMounts>) -> io::Result<OwnedFd> {
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     std::thread::Builder::new()
         .name("broker".to_owned())
         .stack_size(STACK_BYTES)
-        .spawn(move || serve(&ours, &has_later_mounts))?;
+        .spawn(move || serve(&ours, &nodes_or_mounts))?;
     Ok(theirs)
 }
 
-fn serve(socket: &OwnedFd, has_later_mounts: &AtomicBool) {
+fn serve(socket: &OwnedFd, nodes_or_mounts: &NodesOrMounts) {
     // Many VMMs never ask, and then nothing is set up. Signals are the process's, and may come to this thread.
     if retry_on_intr(|| poll(&mut [PollFd::new(socket, PollFlags::IN)], None)).is_err() {
         return;
@@ -82,7 +109,7 @@ fn serve(socket: &OwnedFd, has_later_mounts: &AtomicBool) {
     let mut buffer = vec![0; REQUEST_MAX];
     while let Some((len, file)) = receive(socket, &mut buffer) {
         let outcome = match (Request::parse(&buffer[..len]), &file) {
-            (Some(request), Some(file)) => ready.and_then(|()| obey(file.as_fd(), &request, has_later_mounts)),
+            (Some(request), Some(file)) => ready.and_then(|()| obey(file.as_fd(), &request, nodes_or_mounts)),
             _ => Err(Errno::INVAL),
         };
         let answer = answer_to_bytes(outcome.as_deref().map_err(|errno| errno.raw_os_error()));
@@ -115,24 +142,31 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Option<(usize, Option<OwnedFd
     whole.then_some((message.bytes, file))
 }
 
-fn obey(file: BorrowedFd<'_>, request: &Request<'_>, has_later_mounts: &AtomicBool) -> Result<Vec<u8>, Errno> {
+fn obey(file: BorrowedFd<'_>, request: &Request<'_>, nodes_or_mounts: &NodesOrMounts) -> Result<Vec<u8>, Errno> {
     if !fstatvfs(file)?.f_flag.contains(StatVfsMountFlags::NODEV) {
         return Err(Errno::PERM);
     }
     match *request {
-        Request::MakeNode { .. } if has_later_mounts.load(Ordering::Relaxed) => Err(Errno::PERM),
-        Request::MakeNode { name, mode, device, owner, umask } => make_node(file, name, (mode, device), owner, umask),
+        Request::MakeNode { name, mode, device, owner, umask } => {
+            check_node(name, mode)?;
+            if !nodes_or_mounts.allow_nodes() {
+                return Err(Errno::PERM);
+            }
+            make_node(file, name, (mode, device), owner, umask)
+        }
         Request::GetAttribute { name } if !name.starts_with(TRUSTED) => Err(Errno::PERM),
         Request::GetAttribute { name } => get_attribute(file, name),
         Request::ListTrusted => list_trusted(file),
         Request::SetAttribute { name, .. } | Request::RemoveAttribute { name } if !is_the_guests(name) => {
             Err(Errno::PERM)
         }
+        // The kernel's numbers have 32 bits, whatever holds them here.
+        Request::SetAttribute { .. } | Request::RemoveAttribute { .. }
+            if !ON_DISKS.contains(&(fstatfs(file)?.f_type as u32)) =>
+        {
+            Err(Errno::OPNOTSUPP)
+        }
         Request::SetAttribute { name, value, flags } => {
-            // The kernel's numbers have 32 bits, whatever holds them here.
-            if !ON_DISKS.contains(&(fstatfs(file)?.f_type as u32)) {
-                return Err(Errno::OPNOTSUPP);
-            }
             let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
             rustix::fs::setxattr(path_of(file), name, value, flags).map(|()| Vec::new())
         }
@@ -145,6 +179,13 @@ fn is_the_guests(name: &[u8]) -> bool {
     name.starts_with(TRUSTED) || name.starts_with(b"security.") && !HOSTS_OWN.iter().any(|own| name.starts_with(own))
 }
 
+/// Lets device nodes pass, in the directory itself.
+fn check_node(name: &[u8], mode: u32) -> Result<(), Errno> {
+    let is_device = matches!(FileType::from_raw_mode(mode), FileType::CharacterDevice | FileType::BlockDevice);
+    let is_inside = !matches!(name, b"." | b"..") && !name.contains(&b'/');
+    if is_device && is_inside { Ok(()) } else { Err(Errno::INVAL) }
+}
+
 fn make_node(
     directory: BorrowedFd<'_>,
     name: &[u8],
@@ -153,12 +194,6 @@ fn make_node(
     umask: u32,
 ) -> Result<Vec<u8>, Errno> {
     let kind = FileType::from_raw_mode(mode);
-    if !matches!(kind, FileType::CharacterDevice | FileType::BlockDevice)
-        || matches!(name, b"." | b"..")
-        || name.contains(&b'/')
-    {
-        return Err(Errno::INVAL);
-    }
     let (user, group) = (Uid::from_raw(user), Gid::from_raw(group));
     rustix::process::umask(Mode::from_raw_mode(umask & 0o777));
     // The group comes first, and the answer of each is who it was before: asking twice tells whether it is so.
@@ -212,7 +247,7 @@ mod tests {
     use super::*;
 
     /// A VMM: asks, as [`start`] lets it.
-    struct Vmm(OwnedFd, Arc<AtomicBool>);
+    struct Vmm(OwnedFd, Arc<NodesOrMounts>);
 
     impl Vmm {
         /// Of root; `None` where the test is run by somebody else.
@@ -221,8 +256,8 @@ mod tests {
                 eprintln!("skipped: only root can give what takes capabilities");
                 return None;
             }
-            let has_later_mounts = Arc::new(AtomicBool::new(false));
-            Some(Self(start(has_later_mounts.clone()).unwrap(), has_later_mounts))
+            let nodes_or_mounts = Arc::<NodesOrMounts>::default();
+            Some(Self(start(nodes_or_mounts.clone()).unwrap(), nodes_or_mounts))
         }
 
         fn ask(&self, file: impl AsFd, request: &Request<'_>) -> Result<Vec<u8>, i32> {
@@ -297,9 +332,19 @@ mod tests {
         let made = fs::symlink_metadata(dir.path().join("x")).unwrap();
         assert_eq!((made.uid(), made.mode() & 0o7777), (0, 0o666));
         assert_eq!(umask_of_process(), before, "the process has its own");
-        // A mount of the host's may turn up, and with it devices that can be opened.
-        vmm.1.store(true, Ordering::Relaxed);
-        assert_eq!(vmm.ask(&closed, &node(b"late", CHARACTERS)), errno(Errno::PERM));
+        assert!(!vmm.1.allow_mounts(), "devices that can be opened might turn up");
+    }
+
+    #[test]
+    fn no_device_is_made_where_mounts_turn_up() {
+        let Some(vmm) = Vmm::new() else { return };
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let closed = without_devices(dir.path());
+        // What is refused settles nothing.
+        assert_eq!(vmm.ask(&closed, &node(b"..", CHARACTERS)), errno(Errno::INVAL));
+        assert!(vmm.1.allow_mounts() && vmm.1.allow_mounts());
+        assert_eq!(vmm.ask(&closed, &node(b"null", CHARACTERS)), errno(Errno::PERM));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     fn umask_of_process() -> String {

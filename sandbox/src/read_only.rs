@@ -9,9 +9,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
 use hull_sandbox_sys::mounts;
-use rustix::fs::{CWD, Mode, OFlags, StatVfsMountFlags, statvfs};
+use rustix::fs::{CWD, Mode, OFlags, StatVfsMountFlags, fstatvfs, statvfs};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, move_mount, open_tree};
+
+use crate::share::is_unknown;
 
 /// Opens a file or block device for reading, with more `flags`. Whoever has the descriptor can neither change the file nor what is known of
 /// it, nor open it anew for writing. Before Linux 5.12, or for somebody who may not mount, it is opened as it is.
@@ -44,17 +46,30 @@ pub(crate) fn protect(path: &Path) -> io::Result<()> {
     Ok(move_mount(&mount, "", CWD, path, flags)?)
 }
 
+/// Opens for reading what has been [protected](protect), or what somebody has put in its place since.
+///
+/// # Errors
+///
+/// As [`open`].
+pub(crate) fn open_protected(path: &Path) -> io::Result<OwnedFd> {
+    let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    if fstatvfs(&file)?.f_flag.contains(StatVfsMountFlags::RDONLY) { Ok(file) } else { open(path, OFlags::empty()) }
+}
+
 /// A mount of one file that is nowhere yet; `None` where there can be none.
 fn mount_of(path: &Path) -> io::Result<Option<OwnedFd>> {
     match open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC) {
         Err(Errno::NOSYS | Errno::PERM) => Ok(None),
+        Err(Errno::INVAL) => {
+            Err(io::Error::other("the mount that it is on is another namespace's, or unbindable; move it to another"))
+        }
         result => Ok(Some(result?)),
     }
 }
 
 fn forbid_changes(mount: &OwnedFd) -> io::Result<()> {
     match mounts::set_for_reading_only(mount.as_fd()) {
-        Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOSYS | Errno::PERM)) => Ok(()),
+        Err(error) if is_unknown(&error) => Ok(()),
         result => result,
     }
 }
@@ -101,6 +116,8 @@ mod tests {
             let error = std::fs::write(path, "changed").unwrap_err();
             (lines.count(), error.raw_os_error())
         };
+        let replaced = || open_protected(path).map(|file| rustix::fs::fchmod(&file, Mode::from_raw_mode(0o4777)));
+        assert_eq!(replaced().unwrap(), Err(Errno::ROFS), "though it is not protected");
         let seen = std::thread::scope(|scope| scope.spawn(in_namespace).join().unwrap());
         assert_eq!(seen, (1, Some(Errno::ROFS.raw_os_error())));
         std::fs::write(path, "changed").unwrap();

@@ -16,10 +16,9 @@
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use hull_protocol::{SHARE_MOUNT_POINT, SHARE_TAG};
 use hull_sandbox_sys::mounts;
@@ -29,6 +28,7 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
 };
 
+use crate::broker::NodesOrMounts;
 use crate::ext4;
 use crate::mount::FileSystem;
 use crate::root::RootError;
@@ -54,6 +54,15 @@ pub enum ShareError {
         path: PathBuf,
         /// Why not.
         source: std::io::Error,
+    },
+    /// A volume that follows the host's mounts, beside device nodes.
+    #[error(
+        "the volume source {path} cannot be used such that it follows the host's mounts: a container of this sandbox has made device nodes; \
+         give it without mount propagation, or take CAP_MKNOD from the containers"
+    )]
+    Nodes {
+        /// The directory or file.
+        path: PathBuf,
     },
     /// The owners of a volume's files.
     #[error(
@@ -204,8 +213,7 @@ pub struct Share {
     root: PathBuf,
     /// Holds the writable layers, outside the tree.
     layers: PathBuf,
-    /// Whether what the host mounts later turns up in some volume.
-    has_later_mounts: Arc<AtomicBool>,
+    nodes_or_mounts: Arc<NodesOrMounts>,
 }
 
 /// The tree's place in a sandbox's directory.
@@ -232,12 +240,12 @@ impl Share {
         // What is mounted below it from now on is to reach the VMM, which has a mount namespace of its own.
         rustix::mount::mount_change(&root, MountPropagationFlags::SHARED)
             .map_err(|errno| mount_error("a tmpfs", &root, errno))?;
-        Ok(Self { root, layers, has_later_mounts: Arc::default() })
+        Ok(Self { root, layers, nodes_or_mounts: Arc::default() })
     }
 
-    /// Set from the moment on that the tree has a volume in which what the host mounts later turns up.
-    pub(crate) fn has_later_mounts(&self) -> Arc<AtomicBool> {
-        self.has_later_mounts.clone()
+    /// What the guest makes, or what turns up in the tree.
+    pub(crate) fn nodes_or_mounts(&self) -> Arc<NodesOrMounts> {
+        self.nodes_or_mounts.clone()
     }
 
     /// The tree on the host.
@@ -362,8 +370,8 @@ impl Share {
         } else {
             make_file(&target, b"")?;
         }
-        if !volume.private {
-            self.has_later_mounts.store(true, Ordering::Relaxed);
+        if !volume.private && !self.nodes_or_mounts.allow_mounts() {
+            return Err(ShareError::Nodes { path: volume.source.clone() });
         }
         bind(volume, &target)?;
         Ok(format!("{}/{container}/volumes/{name}", caching.mount_point()))
@@ -458,12 +466,11 @@ impl Share {
     /// set-user-ID bits in it.
     fn make_layers(&self, container: &str) -> Result<PathBuf, ShareError> {
         let dir = self.layers.join(container);
+        if let Some(data_dir) = self.layers.ancestors().nth(2) {
+            make_dir_all(data_dir)?;
+        }
         let make = |source| ShareError::Make { path: dir.clone(), source };
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(make)?;
-        // Those above it may be older.
-        for dir in [Some(&*self.layers), self.layers.parent()].into_iter().flatten() {
-            std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)).map_err(make)?;
-        }
         Ok(dir)
     }
 
@@ -551,12 +558,16 @@ fn bind(volume: &Volume, target: &Path) -> Result<(), ShareError> {
             | rustix::mount::OpenTreeFlags::AT_RECURSIVE,
     )
     .map_err(|errno| failed(errno.into()))?;
-    without_devices(tree.as_fd()).map_err(failed)?;
+    let is_guarded = without_devices(tree.as_fd()).map_err(failed)?;
     if *read_only {
         mounts::set_read_only(tree.as_fd()).map_err(failed)?;
     }
     if *private {
-        mounts::set_private(tree.as_fd()).map_err(failed)?;
+        match mounts::set_private(tree.as_fd()) {
+            // As before Linux 5.12: where devices could be opened, none are made.
+            Err(error) if !is_guarded && is_unknown(&error) => {}
+            result => result.map_err(failed)?,
+        }
     }
     if !owners.are_the_hosts() {
         let mapped = mounts::user_namespace(&swapped(owners.uid), &swapped(owners.gid))
@@ -567,13 +578,18 @@ fn bind(volume: &Volume, target: &Path) -> Result<(), ShareError> {
         .map_err(|errno| mount_error(&source.display().to_string(), target, errno))
 }
 
-/// Lets nobody open a device through a tree of mounts: what a guest makes there must be of no use to its VMM.
-fn without_devices(tree: BorrowedFd<'_>) -> std::io::Result<()> {
+/// Lets nobody open a device through a tree of mounts: what a guest makes there must be of no use to its VMM. Returns false where that cannot be;
+/// then the owner makes no devices ([`crate::broker`]).
+fn without_devices(tree: BorrowedFd<'_>) -> std::io::Result<bool> {
     match mounts::set_no_devices(tree) {
-        // Where the kernel cannot, or a filter of system calls does not know of it, the owner makes no devices ([`crate::broker`]).
-        Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOSYS | Errno::PERM)) => Ok(()),
-        result => result,
+        Err(error) if is_unknown(&error) => Ok(false),
+        result => result.map(|()| true),
     }
+}
+
+/// What a kernel says of a system call that it, or a filter of system calls, does not know of.
+pub(crate) fn is_unknown(error: &std::io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::NOSYS | Errno::PERM))
 }
 
 fn mount_error(what: &str, path: &Path, errno: Errno) -> ShareError {

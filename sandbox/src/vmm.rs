@@ -13,7 +13,7 @@ use hull_vmm_api::config::{
     Resource, ShareConfig, VmConfig, VsockConfig,
 };
 use hull_vmm_api::exit::ExitCode;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::process::{Child, Command};
 
@@ -122,7 +122,7 @@ impl Vmm {
             cpus: CpusConfig { boot: config.cpus, max: config.max_cpus },
             memory: MemoryConfig { size_mib: config.memory_mib },
             boot: BootConfig {
-                kernel: fds.add(open(&host.kernel, OFlags::RDONLY)?),
+                kernel: fds.add(open_protected(&host.kernel)?),
                 initrd: None,
                 cmdline: config.cmdline(),
             },
@@ -135,12 +135,12 @@ impl Vmm {
             }),
             shares: [Caching::Auto].iter().chain(&extras.caching).map(|caching| share_of(*caching)).collect(),
             disks: fds.add_disks(&extras.disks)?,
-            pmems: vec![PmemConfig { id: IMAGE_ID.into(), file: fds.add(open(&host.image, OFlags::RDONLY)?) }],
+            pmems: vec![PmemConfig { id: IMAGE_ID.into(), file: fds.add(open_protected(&host.image)?) }],
             nets: ends.into_iter().enumerate().map(|(index, end)| fds.add_net(index, end)).collect(),
         };
         let control = fds.add_number(listen(&sockets.control)?.into());
         let lifeline = fds.add_number(lifeline_read);
-        let broker = fds.add_number(broker::start(share.has_later_mounts()).map_err(VmmError::Spawn)?);
+        let broker = fds.add_number(broker::start(share.nodes_or_mounts()).map_err(VmmError::Spawn)?);
         let config_fd = fds.add_number(config_file(&vm)?);
 
         let mut command = Command::new(&host.vmm);
@@ -330,9 +330,14 @@ impl Inherited {
     }
 }
 
-pub(crate) fn open(path: &Path, flags: OFlags) -> Result<OwnedFd, VmmError> {
-    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|errno| VmmError::Open { path: path.to_owned(), source: errno.into() })
+/// Opens a file for a VMM that is to read it, and to do nothing else with it.
+pub(crate) fn open_read_only(path: &Path) -> Result<OwnedFd, VmmError> {
+    read_only::open(path, OFlags::empty()).map_err(|source| VmmError::Open { path: path.to_owned(), source })
+}
+
+/// Opens a file that has been [protected](read_only::protect).
+fn open_protected(path: &Path) -> Result<OwnedFd, VmmError> {
+    read_only::open_protected(path).map_err(|source| VmmError::Open { path: path.to_owned(), source })
 }
 
 fn listen(path: &Path) -> Result<UnixListener, VmmError> {

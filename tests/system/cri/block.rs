@@ -1,6 +1,6 @@
 //! Block devices in containers (`volumeDevices`).
 
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 
 use fixture::cri::api::{ContainerConfig, Device};
 use fixture::cri::{Container, Pod, eventually, handler_and_runc, is_hull};
@@ -165,6 +165,8 @@ fn users_of(node: &str) -> usize {
         .flatten()
         .flatten()
         // By its number: what a VMM only reads it has through a mount that is nowhere, with another path.
-        .filter(|fd| std::fs::metadata(fd.path()).is_ok_and(|at| at.rdev() == number))
+        .filter(|fd| {
+            std::fs::metadata(fd.path()).is_ok_and(|at| at.file_type().is_block_device() && at.rdev() == number)
+        })
         .count()
 }

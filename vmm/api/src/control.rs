@@ -28,7 +28,7 @@ pub enum Request {
     /// Puts a network interface on the PCI bus; the guest finds it when it rescans the bus.
     AddNet(NetConfig),
     /// Takes a device that was added, or was there from the start, off the bus. The guest must have let go of it. A disk that it has not let
-    /// go of is without its file from now on, answers each request with an error, and leaves the bus when the guest has; another device
+    /// go of is without its file from now on, answers each request with an error, and leaves the bus once the guest has and another device comes or goes; another device
     /// is gone from under its driver, which may wait for it for ever.
     RemoveDevice {
         /// The device's name.

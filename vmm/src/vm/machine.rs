@@ -213,6 +213,7 @@ impl Machine {
         let Some(at) = self.devices.iter().position(|entry| entry.id == id) else {
             return Err(MachineError::NoSuchDevice(id.to_owned()));
         };
+        self.clear_places();
         let entry = self.devices.remove(at);
         if entry.lock().give_up() {
             // Without it the driver would wait for ever: for what it has asked for, and for its reset to be done.

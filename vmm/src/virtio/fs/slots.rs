@@ -13,6 +13,8 @@ pub(super) struct Slots<T> {
     blocks: Vec<Block<T>>,
     /// Blocks with a free place, given back or not.
     with_room: BTreeSet<u32>,
+    /// That of places in blocks which are made anew: nobody had one with it before.
+    next_generation: u32,
     len: usize,
 }
 
@@ -37,8 +39,8 @@ fn split(at: u32) -> (usize, usize) {
 }
 
 impl<T> Block<T> {
-    fn new() -> Self {
-        Self { taken: 0, first_generation: 0, entries: Box::default() }
+    fn new(first_generation: u32) -> Self {
+        Self { taken: 0, first_generation, entries: Box::default() }
     }
 
     fn fill(&mut self, place: usize, generation: Option<u32>, value: T) {
@@ -55,7 +57,7 @@ impl<T> Block<T> {
 
 impl<T> Slots<T> {
     pub(super) fn new() -> Self {
-        Self { blocks: Vec::new(), with_room: BTreeSet::new(), len: 0 }
+        Self { blocks: Vec::new(), with_room: BTreeSet::new(), next_generation: 0, len: 0 }
     }
 
     /// How many things there are.
@@ -109,7 +111,7 @@ impl<T> Slots<T> {
 
     fn grow(&mut self) -> u32 {
         let block = self.blocks.len() as u32;
-        self.blocks.push(Block::new());
+        self.blocks.push(Block::new(self.next_generation));
         self.with_room.insert(block);
         block
     }
@@ -153,6 +155,10 @@ impl<T> Slots<T> {
             block.first_generation = generations.max().unwrap_or(block.first_generation);
             block.entries = Box::default();
         }
+        while let Some(last) = self.blocks.pop_if(|block| block.taken == 0) {
+            self.next_generation = self.next_generation.max(last.first_generation);
+        }
+        self.with_room.split_off(&(self.blocks.len() as u32));
     }
 
     /// Blocks that are not given back.
@@ -192,6 +198,25 @@ mod tests {
         assert_eq!((slots.blocks(), slots.iter().collect::<Vec<_>>()), (1, vec![(6399, 0, &6399)]));
         // Nobody has a number again.
         assert_eq!((slots.insert(1), slots.generation(0)), (0, 1));
+    }
+
+    #[test]
+    fn nothing_is_left_of_what_has_gone() {
+        let mut slots = Slots::new();
+        for number in 0..640 {
+            slots.insert(number);
+        }
+        for at in 1..640 {
+            slots.remove(at);
+        }
+        assert_eq!(slots.end(), 640);
+        slots.shrink();
+        assert_eq!((slots.end(), slots.blocks()), (64, 1));
+        // Nobody has a number again, in a block that was there all the time or in another.
+        let numbers: Vec<_> = (0..100).map(|number| slots.insert(number)).collect();
+        assert_eq!(numbers, (1..101).collect::<Vec<_>>());
+        assert!(numbers.iter().all(|at| slots.generation(*at) >= 1));
+        assert!(slots.insert_at(639, 0, 0));
     }
 
     #[test]

@@ -138,6 +138,7 @@ fn of_share(error: &ShareError) -> Code {
         | ShareError::Source { source, .. }
         | ShareError::Mount { source, .. }
         | ShareError::Make { source, .. } => of_io(source),
+        ShareError::Nodes { .. } => Code::FAILED_PRECONDITION,
     }
 }
 

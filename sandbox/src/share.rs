@@ -636,6 +636,21 @@ mod tests {
     }
 
     #[test]
+    fn what_containers_write_is_for_nobody_else() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let data_dir = dir.path().join("data");
+        let layers = data_dir.join("containers/id");
+        let share = Share { root: dir.path().join("shared"), layers, nodes_or_mounts: Arc::default() };
+        let made = share.make_layers("c").unwrap();
+        for dir in [&*made, made.parent().unwrap(), &data_dir.join("containers")] {
+            assert_eq!(std::fs::metadata(dir).unwrap().permissions().mode() & 0o7777, 0o700, "{}", dir.display());
+        }
+        assert_ne!(std::fs::metadata(&data_dir).unwrap().permissions().mode() & 0o7777, 0o700);
+        assert_eq!(share.make_layers("c").unwrap(), made);
+    }
+
+    #[test]
     fn a_file_is_never_written_through_a_link() {
         let dir = tempfile::tempdir().unwrap();
         let victim = dir.path().join("victim");

@@ -1,6 +1,9 @@
 //! The driver's side of a queue, and an interrupt that only remembers, for tests of devices.
 
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -121,6 +124,28 @@ impl DriverQueue {
         head
     }
 
+    /// Goes on to offer the chain at `head`, as fast as the device takes it, and to kick.
+    pub(crate) fn flood(&self, head: u16) -> Flood {
+        let ring = self.available_ring();
+        for slot in 0..u64::from(self.size) {
+            self.memory.write_obj(head, GuestAddress(ring + 4 + 2 * slot)).unwrap();
+        }
+        let stop = Arc::new(AtomicBool::new(false));
+        let (memory, kick, is_over) = (self.memory.clone(), self.kick.clone(), stop.clone());
+        let (used, available, ahead) = (GuestAddress(self.used_ring() + 2), GuestAddress(ring + 2), self.size / 2);
+        let thread = std::thread::spawn(move || {
+            let mut last = None;
+            while !is_over.load(Ordering::Relaxed) {
+                let used: u16 = memory.read_obj(used).unwrap();
+                memory.write_obj(used.wrapping_add(ahead), available).unwrap();
+                if last.replace(used) == Some(used) {
+                    let _ = kick.write(1);
+                }
+            }
+        });
+        Flood { stop, thread }
+    }
+
     /// The next used chain: its head and the bytes that the device says it wrote.
     pub(crate) fn take_used(&mut self) -> Option<(u16, u32)> {
         let index: u16 = self.memory.read_obj(GuestAddress(self.used_ring() + 2)).unwrap();
@@ -132,6 +157,25 @@ impl DriverQueue {
         let head: u32 = self.memory.read_obj(GuestAddress(slot)).unwrap();
         let len: u32 = self.memory.read_obj(GuestAddress(slot + 4)).unwrap();
         Some((u16::try_from(head).unwrap(), len))
+    }
+}
+
+/// A driver that refills its queue without end.
+pub(crate) struct Flood {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Flood {
+    /// What `action` comes to in the meantime, after which the flood is over. Panics where it takes ten seconds.
+    pub(crate) fn during<T: Send + 'static>(self, action: impl FnOnce() -> T + Send + 'static) -> T {
+        let (done, is_done) = mpsc::channel();
+        let action = std::thread::spawn(move || done.send(action()));
+        let result = is_done.recv_timeout(Duration::from_secs(10));
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap();
+        let _ = action.join().unwrap();
+        result.expect("it waits for the driver to stop")
     }
 }
 

@@ -147,6 +147,7 @@ impl Block {
             completed: AtomicU64::new(0),
             try_uring,
             is_gone: false,
+            stopping: AtomicBool::new(false),
             stop: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(BlockError::EventFd)?,
         });
         let name = format!("blk-{id}");

@@ -141,6 +141,50 @@ fn a_disk_that_was_given_up_has_no_file_and_answers_with_errors() {
 }
 
 #[test]
+fn a_disk_stops_while_its_guest_refills_the_queue() {
+    // A type that there is not, which no engine sees, and the one for the serial number, which needs none.
+    for kind in [99, 8] {
+        on_each_engine(|mut b| {
+            b.header(kind, 0);
+            let head = b.driver.add(&[(HEADER, 16, false), (DATA, 20, true), (STATUS, 1, true)]);
+            let (flood, mut block) = (b.driver.flood(head), b.block);
+            let answered = flood.during(move || {
+                let wait = |block: &Block, answered: u64| {
+                    while block.completed() < answered {
+                        std::thread::sleep(Duration::from_micros(200));
+                    }
+                };
+                wait(&block, 1000);
+                // The engine's, then the one without a file.
+                assert!(block.give_up());
+                let given_up = block.completed();
+                wait(&block, given_up + 1000);
+                block.pause();
+                block.completed()
+            });
+            assert!(answered >= 2000);
+        });
+    }
+}
+
+#[test]
+fn a_disk_that_is_to_stop_leaves_what_is_in_the_queue() {
+    let mut b = bench(false, false, VIRTIO_BLK_F_FLUSH);
+    b.block.deactivate();
+    let mut driver = DriverQueue::new(&b.memory, 0x10_0000, QUEUE_SIZE);
+    b.header(99, 0);
+    driver.add(&[(HEADER, 16, false), (STATUS, 1, true)]);
+    let mut worker =
+        worker::Worker { index: 0, queue: driver.device_end(0, b.interrupt.clone()), shared: b.block.shared.clone() };
+    worker.shared.stopping.store(true, Ordering::Release);
+    assert!(worker.next().is_none());
+    assert!(driver.take_used().is_none());
+    worker.shared.stopping.store(false, Ordering::Release);
+    assert!(worker.next().is_none(), "answered without an engine");
+    assert!(driver.take_used().is_some());
+}
+
+#[test]
 fn what_is_written_is_read_back() {
     on_each_engine(|mut b| {
         b.fill(DATA, 3000, 0xaa);

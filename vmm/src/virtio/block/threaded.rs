@@ -27,9 +27,6 @@ pub(super) fn run(worker: &mut Worker) {
                 request => worker.perform(&chain, &request),
             }
             worker.queue.notify();
-            if is_readable(worker.shared.stop.as_raw_fd()) {
-                return;
-            }
         }
         // For what was answered without an engine.
         worker.queue.notify();
@@ -50,10 +47,4 @@ fn wait(worker: &Worker) -> bool {
     unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
     worker.queue.clear_kick();
     fds[1].revents == 0
-}
-
-fn is_readable(fd: std::os::fd::RawFd) -> bool {
-    let mut fds = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    // SAFETY: one structure; returns at once.
-    unsafe { libc::poll(&raw mut fds, 1, 0) > 0 }
 }

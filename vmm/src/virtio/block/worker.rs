@@ -27,7 +27,9 @@ pub(super) struct Shared {
     pub(super) try_uring: bool,
     /// Whether the file is no longer there, and each request is an error.
     pub(super) is_gone: bool,
-    /// Readable when the workers are to end.
+    /// Whether the workers are to end, for those at work: a guest that refills its queue fast enough keeps them from ever waiting.
+    pub(super) stopping: AtomicBool,
+    /// Readable when the workers are to end, for those that wait.
     pub(super) stop: EventFd,
 }
 
@@ -56,6 +58,7 @@ impl Shared {
             completed: AtomicU64::new(self.completed.load(Ordering::Relaxed)),
             try_uring: false,
             is_gone: true,
+            stopping: AtomicBool::new(false),
             stop: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
         })
     }
@@ -88,9 +91,9 @@ impl Worker {
         self
     }
 
-    /// The next request that is not answered already.
+    /// The next request that is not answered already; none when it is time to stop.
     pub(super) fn next(&mut self) -> Option<(Chain, Request)> {
-        loop {
+        while !self.shared.stopping.load(Ordering::Acquire) {
             let chain = self.queue.pop()?;
             if chain.writable_len() == 0 {
                 // Nowhere to put a status: all that can be done is to give the buffer back.
@@ -106,6 +109,7 @@ impl Worker {
                 Err(status) => self.finish(&chain, 0, status),
             }
         }
+        None
     }
 
     /// Does what needs no engine: short, or rare.
@@ -167,9 +171,11 @@ impl Running {
 
     /// Ends the threads once nothing is in flight, and gives back their workers but for those that died.
     pub(super) fn stop(self) -> Vec<Worker> {
+        self.shared.stopping.store(true, Ordering::Release);
         let _ = self.shared.stop.write(1);
         let workers = self.threads.into_iter().filter_map(|thread| thread.join().ok()).collect();
         let _ = self.shared.stop.read();
+        self.shared.stopping.store(false, Ordering::Release);
         workers
     }
 }

@@ -403,6 +403,21 @@ fn a_missing_queue_is_an_error() {
     assert!(matches!(net.activate(activation(&memory, 0, &interrupt, &[&rx])), Err(ActivateError::MissingQueue(1))));
 }
 
+#[test]
+fn packets_go_and_a_device_stops_while_its_guest_refills_the_control_queue() {
+    let mut b = bench(ALL);
+    b.memory.write_slice(&[0, 0, 1], GuestAddress(BUFFERS)).unwrap();
+    let head = b.control.add(&[(BUFFERS, 3, false), (ANSWER, 1, true)]);
+    let flood = b.control.flood(head);
+    wait_used(&mut b.control);
+    b.send(&[(BUFFERS + 0x1000, 12 + 100, false)]);
+    flood.during(move || {
+        assert_eq!(b.received().len(), 112);
+        b.net.pause();
+        b.net.deactivate();
+    });
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 

@@ -285,7 +285,13 @@ impl Worker {
     fn serve_control(&mut self) {
         let Some(mut control) = self.control.take() else { return };
         control.clear_kick();
-        while let Some(chain) = control.pop() {
+        for served in 0.. {
+            if served == BATCH {
+                // Come back after the packets.
+                let _ = control.kick().write(1);
+                break;
+            }
+            let Some(chain) = control.pop() else { break };
             let written = control::serve(&chain, |command| self.apply(command));
             control.push(chain.head(), written);
         }

@@ -4,7 +4,7 @@
 
 The same work is done on the host and in a guest, on the same files and between the same two network namespaces; a figure is what
 the guest comes to divided by what the host does, both in one run, so it says something on a slow machine as well. Without an
-argument disks and the network are measured, with --shares shares, whose archive of small files takes half an hour. With
+argument disks and the network are measured, with --shares shares, whose archive of small files takes twenty minutes. With
 --counted it is instructions for each operation, in the counted lab, those of the caller, the guest and the host together.
 
 A guest's root has this machine's programs, so all have the same.

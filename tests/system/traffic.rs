@@ -47,9 +47,9 @@ fn datagrams_connections_and_measures_go_through_one_guest() {
     fio_finds_what_it_wrote(&container);
 }
 
-/// How many connections there are to be. In the lab each takes five milliseconds; HULL_TEST_CONNECTIONS asks for more.
+/// How many connections there are to be. In the lab each takes five milliseconds; HULL_TEST_CONNECTIONS asks for another number.
 fn connections() -> usize {
-    std::env::var("HULL_TEST_CONNECTIONS").map_or(500, |text| text.parse().expect("a number of connections"))
+    std::env::var("HULL_TEST_CONNECTIONS").map_or(10_000, |text| text.parse().expect("a number of connections"))
 }
 
 fn many_connections_leave_nothing(netns: &Netns, container: &Detached) {
